@@ -1,0 +1,214 @@
+"""ATen's flash attention as primitives: (q, k, v, mask kind) -> (out, lse) and its backward, on CPU and CUDA.
+
+All tensors are `[B, T, H, D]`; ATen wants `[B, H, T, D]` and honours strides, so a transposed view costs nothing.
+"""
+
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longctx.kernels.contract import Request
+from longctx.kernels.softmax.pieces import Rectangle
+
+aten = torch.ops.aten
+
+
+class Primitive(Protocol):
+    """One rectangle's attention by a library kernel."""
+
+    square_causal: bool
+
+    def unsupported(self, request: Request) -> str | None: ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scale: float) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        shape: Rectangle,
+        scale: float,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def bias(shape: Rectangle, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Return the additive bias of a `band` rectangle `[q_count, k_count]`, or None for the other kinds."""
+    if shape.kind != "band":
+        return None
+    return _bias(shape.q_count, shape.k_count, shape.lo, shape.hi, dtype, str(device))
+
+
+@lru_cache(maxsize=64)
+def _bias(rows: int, columns: int, lo: int, hi: int, dtype: torch.dtype, device: str) -> Tensor:
+    i = torch.arange(rows, device=device)[:, None]
+    j = torch.arange(columns, device=device)[None, :]
+    hidden = (j - i < lo) | (j - i > hi)
+    # Rows of 16-byte multiples: the memory-efficient CUDA kernel wants an aligned bias.
+    padded = torch.zeros(rows, -(-columns // 16) * 16, dtype=dtype, device=device)
+    return padded[:, :columns].masked_fill_(hidden, float("-inf"))
+
+
+class CpuFlash:
+    """`_scaled_dot_product_flash_attention_for_cpu`: float64, float32, bfloat16, float16; GQA without repeated K/V.
+
+    Its causal mask is aligned to the top left corner for any shape; its lse is float32 (float64 for float64).
+    """
+
+    square_causal = False
+
+    def unsupported(self, request: Request) -> str | None:
+        if request.head_dim != request.v_head_dim:
+            given = f"given {request.head_dim} and {request.v_head_dim}"
+            return f"ATen's CPU flash attention needs equal head dims for q and v; {given}"
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            0.0,
+            shape.kind == "causal",
+            attn_mask=bias(shape, dtype=q.dtype, device=q.device),
+            scale=scale,
+        )
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        shape: Rectangle,
+        scale: float,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout.transpose(1, 2),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            out.transpose(1, 2),
+            lse,
+            0.0,
+            shape.kind == "causal",
+            attn_mask=bias(shape, dtype=q.dtype, device=q.device),
+            scale=scale,
+        )
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+class CudaFlash:
+    """ATen's CUDA kernels: flash attention for 16-bit full and causal rectangles, memory-efficient for the others.
+
+    Flash attention aligns a causal mask to the bottom right corner, so only square causal rectangles are asked for. It
+    reads grouped K/V itself; the memory-efficient kernel (float32 and windows) gets the group as expanded views.
+    """
+
+    square_causal = True
+
+    def unsupported(self, request: Request) -> str | None:
+        if request.dtype == torch.float64:
+            return "ATen has no float64 attention on CUDA that returns the lse"
+        if request.head_dim != request.v_head_dim or request.head_dim % 8 or request.head_dim > 256:
+            return (
+                "ATen's CUDA flash attention needs equal head dims for q and v, a multiple of 8 and at most 256; "
+                f"given {request.head_dim} and {request.v_head_dim}"
+            )
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scale: float) -> tuple[Tensor, Tensor]:
+        if _flash_serves(q, shape):
+            out, lse, *_ = aten._flash_attention_forward(
+                q, k, v, None, None, q.shape[1], k.shape[1], 0.0, shape.kind == "causal", False, scale=scale
+            )
+            return out, lse[:, :, : q.shape[1]]
+        group = q.shape[2] // k.shape[2]
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+            q.transpose(1, 2),
+            _expanded(k, group).transpose(1, 2),
+            _expanded(v, group).transpose(1, 2),
+            _expanded_bias(shape, q),
+            True,
+            0.0,
+            shape.kind == "causal",
+            scale=scale,
+        )
+        return out.transpose(1, 2), lse[:, :, : q.shape[1]]
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        shape: Rectangle,
+        scale: float,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        if _flash_serves(q, shape):
+            return aten._flash_attention_backward(
+                dout.contiguous(),
+                q,
+                k,
+                v,
+                out.contiguous(),
+                lse.contiguous(),
+                None,
+                None,
+                q.shape[1],
+                k.shape[1],
+                0.0,
+                shape.kind == "causal",
+                no_dropout,
+                no_dropout[0],
+                scale=scale,
+            )
+        group = q.shape[2] // k.shape[2]
+        # The kernel reads lse in rows padded to a multiple of 32.
+        padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32)).contiguous()
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            dout.transpose(1, 2),
+            q.transpose(1, 2),
+            _expanded(k, group).transpose(1, 2),
+            _expanded(v, group).transpose(1, 2),
+            _expanded_bias(shape, q),
+            out.transpose(1, 2),
+            padded,
+            seed,
+            seed,
+            0.0,
+            [True, True, True, False],
+            shape.kind == "causal",
+            scale=scale,
+        )
+        dk = dk.transpose(1, 2).unflatten(2, (-1, group)).sum(3, dtype=torch.float32)
+        dv = dv.transpose(1, 2).unflatten(2, (-1, group)).sum(3, dtype=torch.float32)
+        return dq.transpose(1, 2), dk, dv
+
+
+def _flash_serves(q: Tensor, shape: Rectangle) -> bool:
+    return q.dtype in (torch.float16, torch.bfloat16) and shape.kind != "band"
+
+
+def _expanded(kv: Tensor, group: int) -> Tensor:
+    return kv if group == 1 else kv.repeat_interleave(group, dim=2)
+
+
+def _expanded_bias(shape: Rectangle, q: Tensor) -> Tensor | None:
+    band = bias(shape, dtype=q.dtype, device=q.device)
+    return None if band is None else band.expand(q.shape[0], q.shape[2], -1, -1)
