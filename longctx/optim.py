@@ -20,8 +20,8 @@ SCHEDULES = ("cosine", "wsd")
 class OptimConfig:
     """Settings of AdamW and of its learning rate schedule.
 
-    `schedule` is "cosine" (warmup, then a cosine down to `min_lr_ratio * lr` at the last step) or "wsd" (warmup, stable,
-    then a linear decay to `min_lr_ratio * lr` over the last `decay_steps` steps, or over `decay_fraction` of all steps).
+    `schedule` is "cosine" (warmup, then a cosine down to `min_lr_ratio * lr` at the last step) or "wsd" (warmup,
+    stable, then a linear decay to `min_lr_ratio * lr` over the last `decay_steps` steps, or `decay_fraction` of all).
     """
 
     lr: float = 3e-4
@@ -118,9 +118,9 @@ def check_schedule(config: OptimConfig, *, total_steps: int) -> None:
 def lr_at(step: int, *, config: OptimConfig, total_steps: int) -> float:
     """Return the learning rate of the optimizer step with index `step`, counted from 0.
 
-    Warmup rises linearly, `lr * (step + 1) / (warmup_steps + 1)`: the first step already learns, and step `warmup_steps`
-    is the only one that warmup brings to `lr`. The last step, `total_steps - 1`, is at exactly `lr * min_lr_ratio`
-    (unless the warmup or a decay of 0 steps leaves no room for that), and so is any step after it.
+    Warmup rises linearly, `lr * (step + 1) / (warmup_steps + 1)`: the first step already learns, and the first step
+    at `lr` is step `warmup_steps`. The last step, `total_steps - 1`, is at exactly `lr * min_lr_ratio` (unless the
+    warmup or a decay of 0 steps leaves no room for that).
     Raise ValueError for a negative step, or a schedule that does not fit into `total_steps`.
     """
     check_schedule(config, total_steps=total_steps)
@@ -150,9 +150,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def decays(name: str, parameter: Tensor) -> bool:
     """Say whether weight decay applies to the parameter `name`.
 
-    It applies to matrices (two or more dims) that are neither a norm's weight nor a bias. Embeddings are matrices and do
-    decay, as in Megatron-LM and torchtitan: a tied embedding is also the output matrix, so leaving embeddings out would
-    let `tie_embeddings` change the regularisation as a side effect.
+    It applies to matrices (two or more dims) that are neither a norm's weight nor a bias. Embeddings are matrices and
+    do decay, as in Megatron-LM and torchtitan: a tied embedding is also the output matrix, so leaving embeddings out
+    would let tying them change the regularisation as a side effect.
     """
     parts = name.lower().split(".")
     return parameter.ndim >= 2 and parts[-1] != "bias" and not any("norm" in part for part in parts)
@@ -161,8 +161,8 @@ def decays(name: str, parameter: Tensor) -> bool:
 def param_groups(named_parameters: Iterable[tuple[str, Tensor]], config: OptimConfig) -> list[dict[str, Any]]:
     """Split the trainable parameters into AdamW's groups: first those with weight decay, then those without.
 
-    A parameter that is given twice (tied weights) is taken once, a frozen one not at all, and an empty group is left out.
-    Raise ValueError if nothing is trainable.
+    A parameter that is given twice (tied weights) is taken once, a frozen one not at all, and an empty group is left
+    out. Raise ValueError if nothing is trainable.
     """
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
@@ -185,9 +185,9 @@ def param_groups(named_parameters: Iterable[tuple[str, Tensor]], config: OptimCo
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Build AdamW over the model's trainable parameters (plain tensors or the DTensors of FSDP2).
 
-    On CPU the plain loop over parameters is chosen: the fused CPU kernel is three times as fast, but rounds the tail of a
-    tensor otherwise than its vectorised part, so that its result depends on how a parameter is sharded (3e-8 after five
-    steps on two ranks; the plain loop gives 0). On a GPU every element goes through the same code: fused is chosen.
+    On CPU the plain loop over parameters is chosen: the fused CPU kernel is three times as fast, but rounds the tail
+    of a tensor otherwise than its vectorised part, so that its result depends on how a parameter is sharded (3e-8 after
+    five steps on two ranks; the plain loop differs by 0). On a GPU the fused kernel is chosen.
     """
     groups = param_groups(model.named_parameters(), config)
     fused = all(parameter.device.type == "cuda" for group in groups for parameter in group["params"])

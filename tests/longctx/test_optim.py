@@ -133,7 +133,7 @@ def test_weight_decay_goes_to_matrices_only() -> None:
     model = _Tiny()
     optimizer = build_optimizer(model, OptimConfig(weight_decay=0.3, betas=[0.8, 0.9]))
     decayed, plain = optimizer.param_groups
-    assert decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0.0
+    assert [decayed["weight_decay"], plain["weight_decay"]] == [0.3, 0.0]
     assert {id(p) for p in decayed["params"]} == {id(model.embed.weight), id(model.linear.weight)}
     assert {id(p) for p in plain["params"]} == {id(model.norm.weight), id(model.norm.bias), id(model.linear.bias)}
     assert decayed["betas"] == (0.8, 0.9)
@@ -201,12 +201,12 @@ def test_norm_that_is_not_finite_is_returned_and_scales_nothing(bad: float) -> N
 def test_no_gradient_at_all_has_norm_zero() -> None:
     assert clip_grad_norm([nn.Parameter(torch.ones(2))], max_norm=1.0, shard_group=None).item() == 0.0
     assert clip_grad_norm([], max_norm=1.0, shard_group=None).item() == 0.0
-    with pytest.raises(ValueError, match="optim.clip_grad_norm=-1"):
+    with pytest.raises(ValueError, match=r"optim\.clip_grad_norm=-1"):
         clip_grad_norm([], max_norm=-1.0, shard_group=None)
 
 
 def _fsdp_rank(rank: int, world_size: int, init_file: str) -> None:
-    """Clip and step a model that is sharded over two ranks; compare with the whole model, which each rank also holds."""
+    """Clip and step a model sharded over two ranks; compare with the whole model, which each rank holds too."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
     try:
