@@ -87,10 +87,10 @@ pathlib.Path(sysconfig.get_path("purelib"), "longctx-torch.pth").write_text(sys.
     echo "torch==$version" >"$constraints"
   elif ! has_gpu; then
     # By itself and without retries: where the wheel index cannot be reached this costs a second, not minutes.
-    "${pip[@]}" install -q --no-deps --retries 1 --timeout 20 -c "$constraints" torch \
+    "${pip[@]}" install -qq --no-deps --retries 1 --timeout 20 -c "$constraints" torch \
       --extra-index-url https://download.pytorch.org/whl/cpu || return
   fi
-  "${pip[@]}" install -q -c "$constraints" -e ".[$extras]" && "$venv/bin/python" -c 'import longctx, torch'
+  "${pip[@]}" install -qq -c "$constraints" -e ".[$extras]" && "$venv/bin/python" -c 'import longctx, torch'
 }
 
 if [ -n "${LONGCTX_PYTHON:-}" ]; then

@@ -1,0 +1,109 @@
+"""The `longctx` command: name a command, hand it its arguments.
+
+Only the standard library is imported here; a command's own module is imported when it runs. So help is instant, and it works
+where torch is not installed or broken.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+USAGE = """\
+usage: longctx <command> [arguments]
+
+Train language models on long contexts:
+attention = token layout x communication schedule x mask x local kernel
+
+commands:
+{commands}
+
+`longctx <command> --help` explains a command. `python -m longctx` is the same as `longctx`.
+"""
+
+TRAIN_HELP = """\
+usage: longctx train [key=value ...]
+       torchrun --nproc-per-node N -m longctx.train [key=value ...]      one process per rank
+       ./launch/train.sh [key=value ...]                                 makes the environment, then two ranks
+
+Train a model, or continue a run: a run directory that holds a checkpoint is continued from the newest one.
+Every argument is a hydra override; without any, the default run is a small model on Python's own source code.
+
+config groups, `group=choice` (the choices are the files of configs/<group>/):
+  attention     token layout, schedule, mask and kernel of the attention: attention=ring|striped|zigzag|local
+  model         the decoder: model=tiny|llama3_8b|qwen3_8b
+  data          where documents come from and how they are tokenized and packed
+  parallel      how ranks are arranged: replicas, shards, context parallelism
+  engine        who owns parameters, gradients and optimizer state: engine=native
+  optim         optimizer and learning-rate schedule
+  checkpoint    when to save, how many to keep
+  logger        progress bar, metrics.jsonl, TensorBoard, wandb
+
+keys used most, `group.key=value`:
+  parallel.cp=N                 ranks that share one sequence (context parallelism)
+  data.seq_len=N                tokens per sequence, over all ranks that share it
+  train.steps=N                 optimizer steps of the whole run
+  optim.lr=X                    peak learning rate
+  run_dir=PATH                  where checkpoints, logs and the resolved config go
+  resume=auto|never|PATH        auto: from the newest checkpoint in run_dir if there is one
+  logger.wandb.mode=offline     log to wandb as well (disabled, offline or online)
+
+examples:
+  longctx train                                         one rank, no launcher
+  ./launch/train.sh attention=zigzag data.seq_len=16384
+  NPROC=4 ./launch/train.sh parallel.cp=4 run_dir=runs/cp4
+
+An unknown key, a wrong type or a combination that cannot work is refused before anything is built; the message names the key
+and the alternatives.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Describe a command: its module has `main(argv: list[str] | None) -> int`."""
+
+    module: str
+    summary: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(module="longctx.train", summary="train a model, or continue a run", help=TRAIN_HELP),
+}
+
+
+def usage() -> str:
+    """Return the text of `longctx --help`."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return USAGE.format(commands="\n".join(lines))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    `argv` is the command line without the program's name; None takes the process's own. Status 2 is a command line that
+    cannot be understood; any other status is the command's.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        print(usage(), end="", file=sys.stderr)
+        return 2
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if name in ("-V", "--version"):
+        from longctx import __version__
+
+        print(f"longctx {__version__}")
+        return 0
+    command = COMMANDS.get(name)
+    if command is None:
+        print(f"longctx: unknown command '{name}'; the commands are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    if "-h" in rest or "--help" in rest:
+        print(command.help, end="")
+        return 0
+    run = importlib.import_module(command.module).main
+    return int(run(rest))
