@@ -9,9 +9,9 @@
         for x in gloo_pool.run(exchange, 2, 10):            # one result per rank
             assert x.tolist() == [10.0, 10.0]
 
-Ranks come from a fork server that has torch loaded, so a world costs a fraction of a second after the first. They are not
-forked from pytest's process: threads of loggers or checkpoint writers there may hold locks that a child would wait for for
-ever.
+Ranks come from a fork server that has torch loaded, so a world costs a fraction of a second after the first. They are
+not forked from pytest's process: threads of loggers or checkpoint writers there may hold locks, and a child would wait
+for them for ever.
 
 `group` is the default process group, of exactly `world_size` ranks, as FSDP2 and DeviceMesh want it. Return tensors and
 assert in the test. Arguments and results are pickled. Every task starts with seed 0 and default dtype float32. After a

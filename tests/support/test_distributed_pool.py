@@ -123,7 +123,7 @@ def test_a_hung_rank_is_stopped_and_shows_where_it_was(gloo_pool):
 
 
 def test_a_result_that_cannot_be_pickled_is_a_failure(gloo_pool):
-    with pytest.raises(RankError, match="rank 0: .*pickle"):
+    with pytest.raises(RankError, match=r"rank 0: .*pickle"):
         gloo_pool.run(unpicklable, 1)
 
 

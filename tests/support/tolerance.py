@@ -1,7 +1,7 @@
 """The error budget of low precision: we may be at most `factor` times as far from the truth as torch is.
 
-A tolerance picked by hand is too loose for one shape and too tight for another. The error of a plain torch computation in
-the same dtype, on the same numbers, measures what that dtype can do there.
+A tolerance picked by hand is too loose for one shape and too tight for another. The error of a plain torch computation
+in the same dtype, on the same numbers, measures what that dtype can do there.
 """
 
 import math
