@@ -70,7 +70,7 @@ def find_files(config: DataConfig, skipped: Skipped) -> list[CorpusFile]:
     """Return the corpus's files, sorted by name, without reading them. Raises ValueError if the path does not exist.
 
     Hidden files and folders, folders that are symbolic links (they can form loops) and things that are not files are
-    left out and counted. A path that is one file is that file, whatever `data.glob` says.
+    left out and counted.
     """
     assert config.source != "bin"
     if config.source == "stdlib":
@@ -90,6 +90,11 @@ def find_files(config: DataConfig, skipped: Skipped) -> list[CorpusFile]:
                 raise ValueError(
                     f"data.path={config.path!r} is a file, but data.source='folder' reads a folder; "
                     "set data.source=txt or jsonl to read one file"
+                )
+            if config.glob is not None:
+                raise ValueError(
+                    f"data.glob={config.glob!r} chooses among the files of a folder, but data.path={config.path!r} is one "
+                    "file; set data.glob=null"
                 )
             info = root.stat()
             return [CorpusFile(root.name, root, info.st_size, info.st_mtime_ns)]

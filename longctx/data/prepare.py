@@ -109,7 +109,7 @@ def _existing_pair(config: DataConfig, tokenizer: Tokenizer, report: Callable[[s
 
 
 def _fingerprint(config: DataConfig, files: list[CorpusFile], tokenizer: Tokenizer) -> str:
-    """Return 16 hex digits over everything that decides the tokens. Reads no text: files count by name, size and time."""
+    """Return 16 hex digits over all that decides the tokens. Reads no text: files count by name, size and time."""
     digest = hashlib.sha256()
     eod = tokenizer.eod_id if config.append_eod else None
     options = [_FORMAT, config.source, config.text_key, config.separator, tokenizer.fingerprint(), eod]
