@@ -10,9 +10,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from longctx.checkpoint.choose import choose, newest
 from longctx.checkpoint.config import CheckpointConfig
@@ -37,8 +37,8 @@ class _Outcome:
 class Checkpointer:
     """Own a run's `checkpoints` directory, on all ranks together.
 
-    Rank 0 decides, publishes and reports; all ranks write their parts into one directory, so the run directory has to be
-    on storage that they share. Of the methods, the constructor, `save`, `find` and `load` are collective: every rank
+    Rank 0 decides, publishes and reports; all ranks write their parts into one directory, so the run directory has to
+    be on storage that they share. Of the methods, the constructor, `save`, `find` and `load` are collective: every rank
     calls them in the same order. `report` is called on rank 0 only, in the thread that calls the method.
     """
 
@@ -143,7 +143,7 @@ class Checkpointer:
                 every rank.
         """
         try:
-            dcp.load(tensors, storage_reader=FileSystemReader(path), process_group=self._ranks.group)
+            load(tensors, storage_reader=FileSystemReader(path), process_group=self._ranks.group)
         except CheckpointException as error:
             raise ValueError(f"checkpoint {path} cannot be loaded: {explain(error)}") from error
         self._current = Path(path).absolute()
@@ -193,8 +193,8 @@ class Checkpointer:
         if reason is None:
             try:
                 write_synced(writing / EXTRA, extra)
-                # Look through the eyes of the next start, before the name says that all is well. This also catches a run
-                # directory that is not on storage shared by all ranks.
+                # Look through the eyes of the next start, before the name says that all is well. This also catches a
+                # run directory that is not on storage shared by all ranks.
                 reason = content_problem(writing)
                 if reason is None:
                     final = publish(self._folder, step=step)
@@ -208,8 +208,11 @@ class Checkpointer:
 
     def _abandon(self, step: int, reason: str) -> list[str]:
         """Remove a failed save's directory and say what is left to continue from (rank 0)."""
-        intact = newest(self._folder, report=_silent)
-        rest = f"{intact.name} is intact" if intact else "there is no older checkpoint"
+        try:
+            intact = newest(self._folder, report=_silent)
+            rest = f"{intact.name} is intact" if intact else "there is no older checkpoint"
+        except OSError as error:
+            rest = f"older checkpoints cannot be looked at: {explain(error)}"
         messages = [f"checkpoint of step {step} NOT written: {reason}; {rest}; training goes on"]
         try:
             messages += [message for message in remove_leftovers(self._folder) if name_of(step) not in message]

@@ -28,5 +28,5 @@ def remove_tree(path: Path, *, through: Path) -> None:
     """Delete a directory by way of the name `through`, so that no half-deleted directory ever has the name `path`."""
     if through.exists():
         shutil.rmtree(through)
-    os.rename(path, through)
+    path.rename(through)
     shutil.rmtree(through)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -15,11 +16,7 @@ def explain(error: BaseException) -> str:
         return by_rank({rank: explain(cause) for rank, (cause, _) in error.failures.items()})
     if isinstance(error, OSError) and error.errno is not None:
         name = errno.errorcode.get(error.errno, f"errno {error.errno}")
-        where = (
-            f" in {os.path.basename(os.fspath(error.filename))}"
-            if isinstance(error.filename, str | os.PathLike)
-            else ""
-        )
+        where = f" in {Path(error.filename).name}" if isinstance(error.filename, str | os.PathLike) else ""
         return f"{error.strerror or os.strerror(error.errno)} ({name}){where}"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -43,7 +40,7 @@ def portable(error: BaseException, *, file: str) -> OSError | RuntimeError:
     """
     for link in _chain(error):
         if isinstance(link, OSError) and link.errno is not None:
-            name = os.path.basename(os.fspath(link.filename)) if isinstance(link.filename, str | os.PathLike) else file
+            name = Path(link.filename).name if isinstance(link.filename, str | os.PathLike) else file
             return OSError(link.errno, link.strerror or os.strerror(link.errno), name)
     return RuntimeError(f"{explain(error)} in {file}")
 

@@ -8,7 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from longctx.checkpoint.names import EXTRA, METADATA, REMOVING, REPLACED, WRITING
@@ -33,7 +33,7 @@ def read_metadata(path: Path) -> Metadata:
     The index is a pickle: read only checkpoints that you trust as much as the code that you run.
     """
     try:
-        metadata = FileSystemReader(path).read_metadata()
+        return FileSystemReader(path).read_metadata()
     except FileNotFoundError:
         raise ValueError(f"{METADATA} is missing") from None
     # A damaged pickle may raise nearly anything.
@@ -52,9 +52,6 @@ def read_metadata(path: Path) -> Metadata:
         OverflowError,
     ) as error:
         raise ValueError(f"{METADATA} cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(metadata, Metadata):
-        raise ValueError(f"{METADATA} holds a {type(metadata).__name__}, not DCP's metadata")
-    return metadata
 
 
 def stored_keys(path: Path) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 checkpoints/iter_0000040/                        a published checkpoint of step 40
 checkpoints/iter_0000040.writing/                being written, or left behind by a killed process
-checkpoints/iter_0000040.replaced/               an older checkpoint of the same step, for the moment of its replacement
+checkpoints/iter_0000040.replaced/               the older checkpoint of a step that is just being replaced
 checkpoints/iter_0000040.removing/               being deleted
 checkpoints/latest_checkpointed_iteration.txt    the step of the newest published checkpoint, without padding
 """
@@ -37,7 +37,7 @@ def step_of(name: str) -> int | None:
 
 
 def with_suffix(folder: Path, suffix: str) -> list[Path]:
-    """List the directories `iter_NNNNNNN<suffix>` of a checkpoints directory, oldest step first; empty if it is absent."""
+    """List the directories `iter_NNNNNNN<suffix>` in a checkpoints directory, oldest step first."""
     if not folder.is_dir():
         return []
     found = [
@@ -57,6 +57,6 @@ def read_tracker(folder: Path) -> int | str | None:
     """Read the tracker file: the step, the text itself if it isn't a number, None if there is no file."""
     try:
         text = (folder / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return int(text) if re.fullmatch(r"\d{1,18}", text, flags=re.ASCII) else text

@@ -1,14 +1,12 @@
 """Give a finished checkpoint its name, and remove what is no longer needed. Runs on one rank.
 
-At every instant the tracker file and the directories describe either the state before or the state after: directories get
-their final name by one rename, the tracker by another.
+At every instant the tracker file and the directories describe either the state before or the state after: directories
+get their final name by one rename, the tracker by another.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from longctx.checkpoint.durable import remove_tree, sync_directory, write_synced
@@ -41,16 +39,16 @@ def publish(folder: Path, *, step: int) -> Path:
     try:
         if replacing:
             # A crash between the two renames leaves `.replaced` alone: put_back() then restores it.
-            os.rename(final, aside)
-        os.rename(writing, final)
+            final.rename(aside)
+        writing.rename(final)
         sync_directory(folder)
-        os.replace(tracker, folder / TRACKER)
+        tracker.replace(folder / TRACKER)
         sync_directory(folder)
     except OSError:
         if not writing.exists() and final.exists():
-            os.rename(final, writing)
+            final.rename(writing)
         if aside.exists() and not final.exists():
-            os.rename(aside, final)
+            aside.rename(final)
         tracker.unlink(missing_ok=True)
         raise
     return final
@@ -62,7 +60,7 @@ def put_back(folder: Path) -> list[str]:
     for aside in with_suffix(folder, REPLACED):
         final = folder / aside.name.removesuffix(REPLACED)
         if not final.exists():
-            os.rename(aside, final)
+            aside.rename(final)
             sync_directory(folder)
             messages.append(f"checkpoint {final.name}: its replacement was interrupted, the older one is back")
     return messages

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from longctx.checkpoint.integrity import stored_keys
 
@@ -20,10 +20,10 @@ KEY = "rng"  # where rng_state() goes in the state dict: tensors[KEY] = rng_stat
 
 
 def rng_state(rank: int) -> dict[str, bytes]:
-    """Capture this rank's torch (CPU, and the current CUDA device's), numpy and python generators under `rank<rank>`."""
+    """Capture this rank's torch (CPU, and the current CUDA device's), numpy and python generators as `rank<rank>`."""
     state: dict[str, Any] = {
         "torch": torch.get_rng_state().numpy().tobytes(),
-        "numpy": np.random.get_state(legacy=False),
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 - the global one, which libraries use
         "python": random.getstate(),
     }
     if torch.cuda.is_available():
@@ -49,10 +49,10 @@ def restore_rng(path: Path, *, rank: int, world_size: int, seed: int, step: int,
     with warnings.catch_warnings():
         # Every rank reads a key of its own; DCP warns that it takes this for a run of one process.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+        load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
     state = pickle.loads(tensors[KEY][f"rank{rank}"])
     torch.set_rng_state(torch.frombuffer(bytearray(state["torch"]), dtype=torch.uint8))
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     random.setstate(state["python"])
     if torch.cuda.is_available():
         if "cuda" in state:
@@ -65,5 +65,5 @@ def reseed(*, seed: int, step: int, rank: int) -> None:
     """Seed all generators from (seed, step, rank), differently for every triple."""
     words = np.random.SeedSequence([seed, step, rank]).generate_state(4, dtype=np.uint32)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))  # the CUDA generators too
-    np.random.seed(int(words[2]))
+    np.random.seed(int(words[2]))  # noqa: NPY002
     random.seed(int(words[3]))

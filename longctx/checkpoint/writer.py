@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -38,7 +39,7 @@ def write(tensors: dict[str, Any], *, directory: Path, group: dist.ProcessGroup)
             from BaseException.)
         RuntimeError: the ranks lost touch with each other.
     """
-    dcp.save(tensors, storage_writer=_Writer(directory), process_group=group)
+    save(tensors, storage_writer=_Writer(directory), process_group=group)
 
 
 class _Writer(FileSystemWriter):

@@ -51,8 +51,10 @@ class Ranks:
         for rank, pipe in enumerate(pipes):
             assert pipe.poll(timeout), f"rank {rank} of {fn.__name__} hangs"
             results.append(pipe.recv())
-        for rank, (succeeded, value) in enumerate(results):
-            assert succeeded, f"rank {rank} of {fn.__name__}:\n{value}"
+        failed = [
+            f"rank {rank} of {fn.__name__}:\n{text}" for rank, (succeeded, text) in enumerate(results) if not succeeded
+        ]
+        assert not failed, "\n".join(failed)
         return [value for _, value in results]
 
     def close(self):

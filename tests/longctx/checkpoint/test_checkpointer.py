@@ -69,7 +69,8 @@ def _load_and_go_on(rank, world_size, run_dir):
     model, optimizer = _training(world_size, seed=2)
     checkpointer = _checkpointer(run_dir)
     path = checkpointer.find()
-    assert path.name == "iter_0000003" and checkpointer.read_extra(path) == _extra(3)
+    assert path.name == "iter_0000003"
+    assert checkpointer.read_extra(path) == _extra(3)
     weights, moments = get_state_dict(model, optimizer)
     tensors = {"model": weights, "optim": moments}
     checkpointer.load(path, tensors)
@@ -104,7 +105,8 @@ def _mutate_after_save(rank, world_size, run_dir):
     written = time.perf_counter() - started
     tensors = {"plain": torch.zeros_like(plain), "nested": {"sharded": torch.zeros_like(sharded), "list": [0, 0]}}
     checkpointer.load(checkpointer.find(), tensors)
-    assert tensors["plain"].eq(1).all() and tensors["nested"]["sharded"].to_local().eq(1).all()
+    assert tensors["plain"].eq(1).all()
+    assert tensors["nested"]["sharded"].to_local().eq(1).all()
     assert tensors["nested"]["list"] == [1, 2]
     checkpointer.close()
     return still_writing, returned, written
@@ -126,7 +128,8 @@ def _many_saves(rank, world_size, run_dir):
     checkpointer.wait()
     tensors = _tensors(0)
     checkpointer.load(checkpointer.find(), tensors)
-    assert tensors["note"] == {"step": 40, "raw": b"\x00\xff"} and tensors["model"]["w"].eq(40).all()
+    assert tensors["note"] == {"step": 40, "raw": b"\x00\xff"}
+    assert tensors["model"]["w"].eq(40).all()
     checkpointer.close()
     return messages
 
@@ -163,7 +166,8 @@ def _back_to_20(rank, world_size, run_dir):
 def test_a_step_of_an_abandoned_future_is_replaced(ranks, tmp_path):
     path, found, value, messages = ranks.run(_back_to_20, 1, str(tmp_path))[0]
     assert (path, found, value) == ("iter_0000020", "iter_0000030", -30.0)
-    assert "iter_0000040 passed over" in messages[-1] and "checkpoint.resume" in messages[-1]
+    assert "iter_0000040 passed over" in messages[-1]
+    assert "checkpoint.resume" in messages[-1]
     assert not list((tmp_path / "checkpoints").glob("*.replaced"))
 
 
@@ -191,17 +195,19 @@ def _bad_resume(rank, world_size, run_dir):
 def test_errors_are_the_same_on_every_rank(ranks, tmp_path):
     first, second = ranks.run(_bad_resume, 2, str(tmp_path))
     assert first == second
-    assert "there is no such directory" in first[0] and "no complete checkpoint" in first[1]
-    assert "other" in first[2] and "model.w" in first[3]
+    assert "there is no such directory" in first[0]
+    assert "no complete checkpoint" in first[1]
+    assert "other" in first[2]
+    assert "model.w" in first[3]
 
 
 def _draw():
-    return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
+    return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]  # noqa: NPY002
 
 
 def _save_rng(rank, world_size, run_dir):
     torch.manual_seed(rank)
-    np.random.seed(rank)
+    np.random.seed(rank)  # noqa: NPY002
     random.seed(rank)
     _draw()
     checkpointer = _checkpointer(run_dir)
@@ -229,7 +235,8 @@ def test_random_states_return_and_new_ranks_are_seeded(ranks, tmp_path):
     (a, told), (b, _), (c, silent) = ranks.run(_load_rng, 3, str(tmp_path))
     assert [a, b] == expected
     assert all(x not in (y, z) for x, y, z in zip(c, a, b, strict=True))
-    assert silent == [] and "no random state for rank 2" in told[0]
+    assert silent == []
+    assert "no random state for rank 2" in told[0]
     assert [drawn for drawn, _ in ranks.run(_load_rng, 1, str(tmp_path))] == expected[:1]
 
 
