@@ -151,7 +151,7 @@ def decays(name: str, parameter: Tensor) -> bool:
     """Say whether weight decay applies to the parameter `name`.
 
     It applies to matrices (two or more dims) that are neither a norm's weight nor a bias. Embeddings are matrices and
-    do decay, as in Megatron-LM and torchtitan: a tied embedding is also the output matrix, so leaving embeddings out
+    do decay, as in Megatron-LM: a tied embedding is also the output matrix, so leaving embeddings out
     would let tying them change the regularisation as a side effect.
     """
     parts = name.lower().split(".")

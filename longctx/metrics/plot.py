@@ -1,0 +1,109 @@
+"""Draw loss.png from metrics.jsonl: `python -m longctx.metrics.plot RUN_DIRECTORY` does it by hand, at any time."""
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from longctx.metrics.jsonl import Record, read_records
+from longctx.metrics.meter import Smoothed
+
+Series = tuple[list[int], list[float]]
+
+
+def series(records: Iterable[Record], key: str) -> Series:
+    """Return the steps and the values of `key`, without values that are not finite or not numbers."""
+    steps: list[int] = []
+    values: list[float] = []
+    for record in records:
+        value = record.get(key)
+        if isinstance(value, int | float) and math.isfinite(value):
+            steps.append(record["step"])
+            values.append(float(value))
+    return steps, values
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Return a running mean over about a twentieth of the values, and at least five."""
+    mean = Smoothed(keep=1 - 1 / max(5.0, len(values) / 20))
+    return [mean.add(value) for value in values]
+
+
+def draw(metrics_path: Path, image_path: Path, *, title: str) -> None:
+    """Draw the training loss, its running mean, held-out loss and learning rate into a PNG, written atomically.
+
+    Raise ValueError if there is no loss to draw, FileNotFoundError without `metrics_path`, ImportError without
+    matplotlib, OSError if the image cannot be written.
+    """
+    # The figure is built without pyplot: no window system, and no global state that a user's notebook would share.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    records = list(read_records(metrics_path))
+    steps, losses = series(records, "loss")
+    held_out_steps, held_out = series(records, "held_out_loss")
+    lr_steps, rates = series(records, "lr")
+    if not losses and not held_out:
+        raise ValueError(f"{metrics_path} holds no loss yet, so there is nothing to draw")
+
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    lines = []
+    if rates:
+        rate_axes = axes.twinx()
+        rate_axes.set_ylabel("learning rate", color="tab:green")
+        rate_axes.tick_params(axis="y", colors="tab:green")
+        rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+        rate_axes.set_ylim(0, 1.1 * max(max(rates), 1e-12))
+        lines += rate_axes.plot(_finished(lr_steps), rates, color="tab:green", lw=1, ls="--", label="learning rate")
+        # The losses lie over the learning rate, and the first axes' own background must not hide it.
+        axes.set_zorder(rate_axes.get_zorder() + 1)
+        axes.patch.set_visible(False)
+    if losses:
+        few = "." if len(losses) < 3 else ""
+        x = _finished(steps)
+        lines += axes.plot(x, losses, color="tab:blue", alpha=0.35, lw=1, marker=few, label="training loss")
+        lines += axes.plot(x, smooth(losses), color="tab:blue", lw=2, label="training loss, running mean")
+    if held_out:
+        x = _finished(held_out_steps)
+        lines += axes.plot(x, held_out, color="tab:orange", lw=1.5, marker="o", ms=5, label="held-out loss")
+    axes.set_xlabel("steps")
+    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=True, alpha=0.3)
+    axes.set_title(title)
+    axes.legend(handles=lines, loc="upper right", framealpha=0.9)
+
+    temporary = image_path.with_name(image_path.name + ".tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(image_path)
+
+
+def _finished(steps: Iterable[int]) -> list[int]:
+    return [step + 1 for step in steps]
+
+
+def try_draw(metrics_path: Path, image_path: Path, *, title: str) -> str | None:
+    """Draw as `draw` does, but return what went wrong as a text instead of raising; None if nothing did."""
+    try:
+        draw(metrics_path, image_path, title=title)
+    except Exception as error:
+        return f"{image_path.name} could not be drawn ({type(error).__name__}: {error})"
+    return None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw <run directory>/loss.png; return the process's exit status."""
+    if len(argv) != 1 or argv[0] in ("-h", "--help"):
+        print("usage: python -m longctx.metrics.plot RUN_DIRECTORY", file=sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    run_dir = Path(argv[0]).resolve()
+    problem = try_draw(run_dir / "metrics.jsonl", run_dir / "loss.png", title=run_dir.name)
+    print(problem or run_dir / "loss.png", file=sys.stderr if problem else sys.stdout)
+    return 1 if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
