@@ -84,9 +84,20 @@ def resolve_degrees(config: ParallelConfig, *, world_size: int, distributed_sche
 
 def build_mesh(degrees: Degrees, *, device_type: str) -> DeviceMesh:
     """Return the mesh with axes `dp_replicate, dp_shard, cp` over an initialised default process group."""
-    return init_device_mesh(
-        device_type, (degrees.dp_replicate, degrees.dp_shard, degrees.cp), mesh_dim_names=AXES
-    )
+    return init_device_mesh(device_type, (degrees.dp_replicate, degrees.dp_shard, degrees.cp), mesh_dim_names=AXES)
+
+
+def build_parameter_mesh(replicas: int, *, device_type: str) -> DeviceMesh:
+    """Return the mesh that parameters live on: `replicas` copies, each shared evenly by the ranks next to each other.
+
+    Axes `replicate, shard` in the same rank order as `build_mesh`, whose dp_shard and cp ranks are neighbours; 1-D where
+    there is a single copy, which is what FSDP2 wants.
+    """
+    shards = dist.get_world_size() // replicas
+    assert shards * replicas == dist.get_world_size(), replicas
+    if replicas == 1:
+        return init_device_mesh(device_type, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,137 @@
+"""The native engine: FSDP2 over dp x cp, in replicas or shards, on CPU (gloo) and GPU (nccl)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from longctx.attention import ContextParallelAttention
+from longctx.batch import MicroBatch
+from longctx.engines.engine import EngineConfig, StepResult
+from longctx.loss import token_loss_sum
+from longctx.model import Decoder, ModelConfig, initial_weight
+from longctx.optim import OptimConfig, build_optimizer, clip_grad_norm, set_lr
+from longctx.parallel.mesh import Degrees, build_parameter_mesh
+
+
+class NativeEngine:
+    """Parameters as FSDP2 DTensors; gradients are sums over all ranks, of losses divided by the global label count.
+
+    `replicate` is FSDP2 with one shard per replica, so both choices run the same code and save the same checkpoints.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: EngineConfig,
+        model: ModelConfig,
+        optim: OptimConfig,
+        attention: ContextParallelAttention,
+        degrees: Degrees,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        """Build the model on the mesh with initial weights that depend on `seed` alone (collective)."""
+        if config.parameters == "replicate" and degrees.dp_shard > 1:
+            raise ValueError(
+                f"parallel.dp_shard={degrees.dp_shard} shares parameters between data-parallel ranks, so it needs "
+                "engine.parameters=shard; given replicate (use parallel.dp_replicate)"
+            )
+        replicas = dist.get_world_size() if config.parameters == "replicate" else degrees.dp_replicate
+        mesh = build_parameter_mesh(replicas, device_type=device.type)
+        self._shard_group = mesh.get_group("shard")
+        self._attention = attention
+        self._device = device
+        with torch.device("meta"):
+            self.model = Decoder(model)
+        if config.dtype == "float64":
+            self.model.to(torch.float64)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = policy if config.dtype == "bfloat16" else MixedPrecisionPolicy()
+        for module in (*self.model.blocks, self.model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            assert isinstance(module, FSDPModule)
+            # Sum, not mean: the loss is divided by the global count of labels instead. gloo has no pre-multiplied sum.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        self.model.to_empty(device=device)
+        _initialise(self.model, config=model, seed=seed)
+        self.optimizer = build_optimizer(self.model, optim)
+        self._max_norm = optim.clip_grad_norm
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
+        """Run forward and backward on every micro-batch and one optimizer step (collective)."""
+        self.model.train()
+        set_lr(self.optimizer, lr)
+        # Every cp rank of a group counts the same whole sequences: one of them speaks for all.
+        pairs = sum(batch.visible_pairs for batch in micro_batches) if self._attention.transport.rank == 0 else 0
+        labels, all_pairs = self._sum([sum(batch.num_labels for batch in micro_batches), pairs])
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        for index, batch in enumerate(micro_batches):
+            self._fsdp.set_requires_gradient_sync(index == len(micro_batches) - 1)
+            loss = self._loss_sum(batch)
+            (loss / max(labels, 1)).backward()
+            loss_sum += loss.detach()
+        norm = clip_grad_norm(self.model.parameters(), max_norm=self._max_norm, shard_group=self._shard_group)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm.item()}; the last checkpoint is untouched")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        dist.all_reduce(loss_sum)
+        return StepResult(loss_sum.item() / max(labels, 1), norm.item(), labels, all_pairs)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Return the mean token loss over all ranks' micro-batches (collective; the same number of them on each rank)."""
+        self.model.eval()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        for batch in micro_batches:
+            loss_sum += self._loss_sum(batch)
+        dist.all_reduce(loss_sum)
+        (labels,) = self._sum([sum(batch.num_labels for batch in micro_batches)])
+        return loss_sum.item() / max(labels, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return model and optimizer state for torch DCP, keyed by parameter names: the same under any mesh."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state back after DCP filled it in."""
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+
+    @property
+    def _fsdp(self) -> FSDPModule:
+        assert isinstance(self.model, FSDPModule)
+        return self.model
+
+    def _loss_sum(self, batch: MicroBatch) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self._attention(q, k, v, plans=batch.plans)[0]
+
+        return token_loss_sum(self.model(batch.tokens, positions=batch.positions, attend=attend), batch.labels)
+
+    def _sum(self, counts: Sequence[int]) -> list[int]:
+        """Sum integers over all ranks."""
+        total = torch.tensor(list(counts), dtype=torch.int64, device=self._device)
+        dist.all_reduce(total)
+        return [int(count) for count in total]
+
+
+@torch.no_grad()
+def _initialise(model: nn.Module, *, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter's local shard with its part of the initial weight, one parameter at a time."""
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        whole = initial_weight(name, parameter.shape, config=config, seed=seed).to(parameter.dtype)
+        # src_data_rank=None: every rank cuts its own copy, nothing is sent.
+        whole = whole.to(parameter.device_mesh.device_type)
+        shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(shard.to_local())

@@ -1,0 +1,22 @@
+"""Next-token loss as a sum and a count, never as a mean: shards have different numbers of labels, some have none."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+
+
+def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum the cross-entropy of all labels that are not ignored.
+
+    Args:
+        logits: `[B, T, V]`, any float dtype; the softmax is computed in float32 (float64 for float64).
+        labels: int64 `[B, T]`; `IGNORED` does not count. Already shifted: label i belongs to logits i.
+
+    Returns:
+        A scalar; 0 with zero gradients where nothing counts.
+    """
+    logits = logits.flatten(0, 1)
+    if logits.dtype.itemsize < 4:
+        logits = logits.float()
+    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
