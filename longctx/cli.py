@@ -1,7 +1,7 @@
 """The `longctx` command: name a command, hand it its arguments.
 
-Only the standard library is imported here; a command's own module is imported when it runs. So help is instant, and works
-where torch is missing or broken.
+Only the standard library is imported here; a command's own module is imported when it runs. So help is instant, and
+works where torch is missing or broken.
 """
 
 import importlib
@@ -53,8 +53,8 @@ examples:
   ./launch/train.sh attention=zigzag data.seq_len=16384
   NPROC=4 ./launch/train.sh parallel.cp=4 run_dir=runs/cp4
 
-An unknown key, a wrong type or a combination that cannot work is refused before anything is built; the message names the
-key and the alternatives.
+An unknown key, a wrong type or a combination that cannot work is refused before anything is built; the message names
+the key and the alternatives.
 """
 
 

@@ -1,6 +1,6 @@
 """The walls of the code base: who may import whom, where the environment may be read, how long a file may be.
 
-Each rule is a small function from sources to a list of complaints, so that it can be shown to fail on a planted violation.
+Each rule is a small function from a source to complaints, so that it can be shown to fail on a planted violation.
 Folders are read under their own names (`kernels/`, not `longctx/kernels/`): each file is seen once.
 """
 
