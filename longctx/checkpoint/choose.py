@@ -33,6 +33,11 @@ def choose(run_dir: Path, *, resume: str, report: Report) -> Path | None:
     if resume == "auto":
         return newest(checkpoints_directory(run_dir), report=report)
     path = Path(resume).expanduser().absolute()
+    own = checkpoints_directory(run_dir)
+    step = read_tracker(own)
+    if isinstance(step, int) and not (own / name_of(step)).is_relative_to(path):
+        # Easily overlooked when a job is restarted with its first command line.
+        report(f"this run has a checkpoint of its own at step {step}; checkpoint.resume={resume} leaves it aside")
     hint = "need 'auto', 'never', or the path of a checkpoint directory (.../iter_0000040) or of a run directory"
     if not path.is_dir():
         raise ValueError(f"checkpoint.resume is {resume!r}: there is no such directory; {hint}")

@@ -236,6 +236,7 @@ def test_killed_at_any_moment_there_is_a_complete_checkpoint(ranks, tmp_path, wo
         time.sleep(choice.uniform(0, 0.08))
         for process in choice.sample(processes, len(processes)):
             process.kill()
+            time.sleep(choice.choice([0, 0.001, 0.02]))
         for process in processes:
             process.join()
         folder = tmp_path / "checkpoints"

@@ -188,6 +188,9 @@ def test_what_resume_accepts(tmp_path):
     assert choose(tmp_path / "new", resume=str(run), report=print) == folder / "iter_0000020"
     assert choose(tmp_path / "new", resume=str(folder), report=print) == folder / "iter_0000020"
     assert choose(tmp_path / "new", resume=str(one), report=print) == one
+    messages = []
+    assert choose(run, resume=str(one), report=messages.append) == one
+    assert messages == [f"this run has a checkpoint of its own at step 20; checkpoint.resume={one} leaves it aside"]
     renamed = one.rename(tmp_path / "best")
     assert choose(run, resume=str(renamed), report=print) == renamed
     _write(folder, 30, mark="half")
