@@ -93,8 +93,8 @@ def find_files(config: DataConfig, skipped: Skipped) -> list[CorpusFile]:
                 )
             if config.glob is not None:
                 raise ValueError(
-                    f"data.glob={config.glob!r} chooses among the files of a folder, but data.path={config.path!r} is one "
-                    "file; set data.glob=null"
+                    f"data.glob={config.glob!r} chooses among the files of a folder, but data.path={config.path!r} is "
+                    "one file; set data.glob=null"
                 )
             info = root.stat()
             return [CorpusFile(root.name, root, info.st_size, info.st_mtime_ns)]
@@ -202,7 +202,8 @@ def _text_documents(file: CorpusFile, separator: str | None, skipped: Skipped) -
                     yield document
             lines, first = [], number + 1
     if lines or first == 1:
-        document = _checked(f"{file.name}:{first}", b"".join(lines), skipped)
+        name = file.name if mark is None else f"{file.name}:{first}"
+        document = _checked(name, b"".join(lines), skipped)
         if document is not None:
             yield document
 

@@ -140,7 +140,7 @@ def test_truncated_bin(tmp_path: Path, size: int) -> None:
 def test_bin_longer_than_its_index(tmp_path: Path) -> None:
     prefix = golden(tmp_path)
     bin_path(prefix).write_bytes(GOLDEN_BIN + b"\1\0")
-    with pytest.raises(ValueError, match="longer than its index says.* expects 12 bytes.* found 14"):
+    with pytest.raises(ValueError, match=r"longer than its index says.* expects 12 bytes.* found 14"):
         TokenStore(prefix)
 
 
@@ -152,7 +152,7 @@ BAD_INDEXES = {
     "modes": (index([1, 1], [0, 1, 2]) + b"\0\1", "multimodal"),
     "longer": (index([1], [0, 1]) + bytes(7), "inconsistent: expected 62 bytes, found 69"),
     "no bounds": (index([1], []), "no document bounds"),
-    "first bound": (index([1], [1, 1]), "must rise from 0 to 1.* found 1 to 1"),
+    "first bound": (index([1, 1], [1, 2]), "must rise from 0 to 2.* found 1 to 2"),
     "last bound": (index([1, 1], [0, 1]), "must rise from 0 to 2.* found 0 to 1"),
     "falling bound": (index([1, 1], [0, 2, 1, 2]), "falling after entry 1"),
     "negative length": (index([3, -1], [0, 1, 2]), "sequence 1 has length -1"),
