@@ -29,24 +29,29 @@ usage: longctx train [key=value ...]
 Train a model, or continue a run: a run directory that holds a checkpoint is continued from the newest one.
 Every argument is a hydra override; without any, the default run is a small model on Python's own source code.
 
-config groups, `group=choice` (the choices are the files of configs/<group>/):
-  attention     token layout, schedule, mask and kernel of the attention: attention=ring|striped|zigzag|local
-  model         the decoder: model=tiny|llama3_8b|qwen3_8b
-  data          where documents come from and how they are tokenized and packed
-  parallel      how ranks are arranged: replicas, shards, context parallelism
-  engine        who owns parameters, gradients and optimizer state: engine=native
-  optim         optimizer and learning-rate schedule
-  checkpoint    when to save, how many to keep
-  logger        progress bar, metrics.jsonl, TensorBoard, wandb
+config groups, `group=choice`:
+  attention=ring|striped|zigzag|local        token layout, schedule, mask and kernel of the attention
+  model=tiny|llama3_8b|qwen3_8b              the decoder
+  data=stdlib|folder|txt|jsonl|bin           where documents come from, how they are tokenized and packed
+  parallel=auto                              how ranks are arranged: replicas, shards, context parallelism
+  engine=native                              who owns parameters, gradients and optimizer state
+  optim=adamw_cosine|adamw_wsd               optimizer and learning-rate schedule
+  checkpoint=default                         when to save, how many to keep, where to continue from
+  logger=default                             console, TensorBoard, wandb
+  experiment=smoke                           several of these at once (none by default)
 
-keys used most, `group.key=value`:
-  parallel.cp=N                 ranks that share one sequence (context parallelism)
-  data.seq_len=N                tokens per sequence, over all ranks that share it
-  train.steps=N                 optimizer steps of the whole run
-  optim.lr=X                    peak learning rate
-  run_dir=PATH                  where checkpoints, logs and the resolved config go
-  resume=auto|never|PATH        auto: from the newest checkpoint in run_dir if there is one
-  logger.wandb.mode=offline     log to wandb as well (disabled, offline or online)
+keys used most, `group.key=value` (all of them, with what they mean: the files of configs/):
+  run_dir=PATH                               where checkpoints, metrics and the resolved config go
+  data.seq_len=N                             tokens per sequence, over all ranks that share it
+  parallel.cp=N                              ranks that share one sequence (context parallelism)
+  train.steps=N                              optimizer steps of the whole run
+  train.global_batch=N                       sequences per optimizer step, over all ranks
+  optim.lr=X                                 peak learning rate
+  engine.parameters=replicate|shard          a copy of the parameters on every rank, or a share of them (FSDP2)
+  engine.dtype=float32|bfloat16|float64      arithmetic of forward and backward
+  checkpoint.every=N                         steps between two checkpoints
+  checkpoint.resume=auto|never|PATH          auto: from the newest checkpoint of run_dir if there is one
+  logger.wandb.mode=off|offline|online       log to Weights & Biases too
 
 examples:
   longctx train                                         one rank, no launcher

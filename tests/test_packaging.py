@@ -17,7 +17,7 @@ def wheel(tmp_path_factory):
     """Build from a copy (a build leaves files behind), without network: setuptools is one of the test requirements."""
     copy, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in (*FOLDERS, "tests", "benchmarks"):
+    for name in (*FOLDERS, "tests"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
