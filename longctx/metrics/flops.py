@@ -126,7 +126,7 @@ def measured_peak(device_type: str, *, dtype: torch.dtype, seconds: float = 0.2)
 def peak_flops(device_type: str, dtype: torch.dtype, *, override: float | None) -> Peak:
     """Return the peak FLOP/s of one rank's device, and its description, which belongs beside every MFU.
 
-    `override` (`logger.peak_flops`) goes first; then the table of known GPUs; else (CPU, unknown GPU) a matmul is timed.
+    `override` (`logger.peak_flops`) goes first; then the table of known GPUs; else (CPU, unknown GPU) a measurement.
     """
     if override is not None:
         return Peak(override, f"{override / 1e12:g} TFLOP/s, as given by logger.peak_flops")

@@ -88,7 +88,7 @@ class MetricsLogger:
             self._sinks.append(GuardedSink(wandb, name="wandb", report=self.message))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report the training metrics of a step that was just made. """
+        """Report the training metrics of a step that was just made."""
         if self._jsonl is None or self._closed:
             return
         assert self._start_step <= step < self._total_steps, f"step {step} of {self._start_step}..{self._total_steps}"
@@ -117,7 +117,9 @@ class MetricsLogger:
         self._jsonl.write({"step": step, **metrics})
         for sink in self._sinks:
             sink.log(step, metrics)
-        numbers = "  ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in metrics.items())
+        numbers = "  ".join(
+            f"{key.replace('held_out', 'held-out').replace('_', ' ')} {value:.4g}" for key, value in metrics.items()
+        )
         self.message(f"step {step + 1}/{self._total_steps}  {numbers}")
 
     def message(self, text: str) -> None:

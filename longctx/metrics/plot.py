@@ -3,10 +3,10 @@
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from longctx.metrics.jsonl import Record, read_records
-from longctx.metrics.meter import Smoothed
 
 Series = tuple[list[int], list[float]]
 
@@ -24,13 +24,22 @@ def series(records: Iterable[Record], key: str) -> Series:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Return a running mean over about a twentieth of the values, and at least five."""
-    mean = Smoothed(keep=1 - 1 / max(5.0, len(values) / 20))
-    return [mean.add(value) for value in values]
+    """Return a moving mean over about a twentieth of the values, and at least five, centred on each value.
+
+    A mean of the past alone would lag behind a falling loss, and so seem worse than the held-out points beside it. Near
+    the ends the window shrinks on both sides alike, for the same reason.
+    """
+    sums = [0.0, *accumulate(values)]
+    half = max(2, len(values) // 40)
+    means = []
+    for index in range(len(values)):
+        reach = min(half, index, len(values) - 1 - index)
+        means.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+    return means
 
 
 def draw(metrics_path: Path, image_path: Path, *, title: str) -> None:
-    """Draw the training loss, its running mean, held-out loss and learning rate into a PNG, written atomically.
+    """Draw the training loss, its moving mean, held-out loss and learning rate into a PNG, written atomically.
 
     Raise ValueError if there is no loss to draw, FileNotFoundError without `metrics_path`, ImportError without
     matplotlib, OSError if the image cannot be written.
@@ -64,14 +73,14 @@ def draw(metrics_path: Path, image_path: Path, *, title: str) -> None:
     if losses:
         few = "." if len(losses) < 3 else ""
         x = _finished(steps)
-        lines += axes.plot(x, losses, color="tab:blue", alpha=0.35, lw=1, marker=few, label="training loss")
-        lines += axes.plot(x, smooth(losses), color="tab:blue", lw=2, label="training loss, running mean")
+        lines += axes.plot(x, losses, color="tab:blue", alpha=0.45, lw=1, marker=few, label="training loss")
+        lines += axes.plot(x, smooth(losses), color="tab:blue", lw=2, label="training loss, moving mean")
     if held_out:
         x = _finished(held_out_steps)
         lines += axes.plot(x, held_out, color="tab:orange", lw=1.5, marker="o", ms=5, label="held-out loss")
     axes.set_xlabel("steps")
     axes.set_ylabel("loss (nats per token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(visible=True, alpha=0.3)
     axes.set_title(title)
     axes.legend(handles=lines, loc="upper right", framealpha=0.9)
