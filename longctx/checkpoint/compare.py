@@ -9,17 +9,17 @@ _ABSENT = object()
 
 
 def compare_models(saved: dict[str, Any], current: dict[str, Any], *, prefix: str = "model") -> None:
-    """Raise ValueError naming the first field that differs between two model descriptions, with both values.
+    """Raise ValueError naming the first field that differs between two descriptions, with both values.
 
     Args:
         saved: the description from the checkpoint's extra (went through JSON, so tuples are lists there).
-        current: the description of the model of this run.
-        prefix: the configuration key that the descriptions stand for.
+        current: the same of this run.
+        prefix: what is described, in the words of the message: a configuration key, or a name.
     """
     for name, old, new in _differences(saved, current, prefix):
         raise ValueError(
-            f"checkpoint of another model: {name} is {_words(old)} in the checkpoint, {_words(new)} in the config; "
-            "use the checkpoint's model, or set checkpoint.resume=never or another run directory"
+            f"checkpoint of another {prefix}: {name} is {_words(old)} in the checkpoint, {_words(new)} in the config; "
+            f"use the checkpoint's {prefix}, or set checkpoint.resume=never or another run directory"
         )
 
 

@@ -65,3 +65,10 @@ def test_code_version_names_commit_and_changes(tmp_path, monkeypatch):
 
 def _no_git(*args, **kwargs):
     raise FileNotFoundError("git")
+
+
+def test_other_things_than_models_are_called_by_their_name():
+    with pytest.raises(
+        ValueError, match=r"^checkpoint of another data: data\.seed is 1 .* use the checkpoint's data, or"
+    ):
+        compare_models({"seed": 1}, {"seed": 2}, prefix="data")
