@@ -232,7 +232,7 @@ def test_wandb_without_network_refuses_a_new_run_but_not_a_resumed_one(
 
 def test_real_wandb_offline_writes_below_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))  # as launch/ does: wandb-core's own log
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))  # or its own log goes to the user's cache
     sink = WandbSink(
         WandbConfig(mode="offline"),
         directory=tmp_path,
