@@ -74,7 +74,7 @@ class IndexedWriter:
                 f"a sequence of {tokens.size} tokens is too long: the .idx format holds at most {_MAX_SEQUENCE} per "
                 "sequence; split this document"
             )
-        if tokens.size and self._dtype.kind in "iu":
+        if tokens.size and self._dtype.kind in "iu" and tokens.dtype != self._dtype:
             low, high, limits = int(tokens.min()), int(tokens.max()), np.iinfo(self._dtype)
             if low < limits.min or high > limits.max:
                 raise ValueError(
