@@ -55,22 +55,19 @@ class WandbSink:
         try:
             self._run = self._start(mode=config.mode)
         except Exception as error:
-            if config.mode == "online" and _no_login(error):
-                raise ValueError(
-                    "logger.wandb.mode=online needs a login, but wandb has no valid API key: run `wandb login` once on "
-                    "this machine, or set logger.wandb.mode=offline and upload later with `wandb sync`"
-                ) from error
-            if config.mode != "online" or not resumed:
-                raise ValueError(
-                    f"logger.wandb.mode={config.mode}: wandb did not start ({type(error).__name__}: {error}). "
-                    "logger.wandb.mode=offline needs no network (upload later with `wandb sync`), and "
-                    'logger.wandb.mode="off" needs no wandb'
-                ) from error
+            problem = _explain(error, mode=config.mode)
+            # The service of a failed start goes on trying, and holds the run id: it has to go before another start.
+            self._wandb.teardown()
+            if config.mode != "online" or not resumed or _no_login(error):
+                raise ValueError(problem) from error
             report(
-                f"warning: wandb cannot be reached ({error}); the run goes on with logger.wandb.mode=offline under the "
-                f"same id {run_id}: join the two later with `wandb sync`"
+                f"warning: {problem}. The run goes on with logger.wandb.mode=offline under the same id {run_id}: join "
+                "the two later with `wandb sync`"
             )
-            self._run = self._start(mode="offline")
+            try:
+                self._run = self._start(mode="offline")
+            except Exception as second:
+                raise ValueError(_explain(second, mode="offline")) from second
 
     def _start(self, *, mode: str) -> Any:
         wanted: dict[str, Any] = {
@@ -105,6 +102,19 @@ class WandbSink:
     def close(self) -> None:
         """Wait for the upload, for `FINISH_SECONDS` at most, and end the run."""
         self._run.finish()
+
+
+def _explain(error: Exception, *, mode: str) -> str:
+    if mode == "online" and _no_login(error):
+        return (
+            "logger.wandb.mode=online needs a login, but wandb has no valid API key: run `wandb login` once on this "
+            "machine, or set logger.wandb.mode=offline and upload later with `wandb sync`"
+        )
+    reason = " ".join(str(error).split())  # wandb's own messages have several lines
+    alternatives = "offline (no network; upload later with `wandb sync`) or off" if mode == "online" else "off"
+    return (
+        f"logger.wandb.mode={mode}: wandb did not start ({type(error).__name__}: {reason}); other modes: {alternatives}"
+    )
 
 
 def _no_login(error: Exception) -> bool:

@@ -169,6 +169,7 @@ class _FakeWandb:
         self.error = error
         self.inits: list[dict[str, Any]] = []
         self.was_set_up = False
+        self.ids_in_use: set[str] = set()
         self.run = _FakeRun()
 
     def setup(self, settings: Any) -> None:
@@ -178,8 +179,14 @@ class _FakeWandb:
         assert self.was_set_up, "wandb would ask for a login on a terminal"
         self.inits.append(arguments)
         if self.error is not None and arguments["mode"] == "online":
+            self.ids_in_use.add(arguments["id"])  # the real service keeps it after a failure
             raise self.error
+        assert arguments["id"] not in self.ids_in_use, f"run ID {arguments['id']} is in use"
         return self.run
+
+    def teardown(self) -> None:
+        self.was_set_up = False
+        self.ids_in_use.clear()
 
 
 def _fake_wandb(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> _FakeWandb:
@@ -221,7 +228,9 @@ def test_wandb_without_network_refuses_a_new_run_but_not_a_resumed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = _fake_wandb(monkeypatch, ConnectionError("no such host"))
-    with pytest.raises(ValueError, match=r"wandb did not start \(ConnectionError: no such host\).*mode=offline"):
+    with pytest.raises(
+        ValueError, match=r"wandb did not start \(ConnectionError: no such host\); other modes: offline"
+    ):
         _logger(tmp_path, wandb=WandbConfig(mode="online"))
     with _logger(tmp_path, wandb=WandbConfig(mode="online"), state={"wandb_run_id": "abc"}) as logger:
         logger.log(0, {"loss": 1.0})
