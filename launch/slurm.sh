@@ -9,7 +9,7 @@
 source "${SLURM_SUBMIT_DIR:?run me with sbatch, from the checkout}/launch/_env.sh"
 
 read -r HEAD < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-exec srun --kill-on-bad-exit=1 "$RUN_PYTHON" -m torch.distributed.run \
+exec srun --kill-on-bad-exit=1 "$RUN_PYTHON" "$ROOT/launch/_torchrun.py" \
   --nnodes "$SLURM_NNODES" --nproc-per-node "${NPROC:-${SLURM_GPUS_ON_NODE:-1}}" --max-restarts 0 \
   --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$HEAD:${RDZV_PORT:-29400}" \
   -m longctx.train "$@"

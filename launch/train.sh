@@ -7,5 +7,5 @@ for argument in "$@"; do
   case "$argument" in -h | --help) exec "$RUN_PYTHON" -m longctx train --help ;; esac
 done
 # --local-addr: without it torchrun hangs on a machine whose own host name does not resolve.
-exec "$RUN_PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
+exec "$RUN_PYTHON" "$ROOT/launch/_torchrun.py" --standalone --local-addr 127.0.0.1 \
   --nproc-per-node "${NPROC:-2}" -m longctx.train "$@"

@@ -101,7 +101,7 @@ def test_first_run_makes_the_environment_with_the_pinned_cpu_torch(machine):
 def test_second_run_installs_nothing_and_says_nothing(machine):
     machine.run("test.sh")
     calls = machine.run("train.sh", "attention=ring", "run_dir=runs/my run", NPROC="3")
-    torchrun = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 3 -m longctx.train"
+    torchrun = "{root}/launch/_torchrun.py --standalone --local-addr 127.0.0.1 --nproc-per-node 3 -m longctx.train"
     assert calls == [f"run {torchrun} attention=ring run_dir=runs/my run", "env 1 1 unset unset"]
     assert machine.stderr == ""
 
@@ -270,8 +270,8 @@ def test_slurm_starts_one_torchrun_per_node_with_a_common_meeting_point(machine)
     job = {"SLURM_SUBMIT_DIR": str(machine.root), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2"}
     calls = machine.run("slurm.sh", "attention=ring", **job, SLURM_JOB_ID="42", SLURM_GPUS_ON_NODE="8")
     assert calls[-2] == (
-        "run -m torch.distributed.run --nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d --rdzv-id 42 "
-        "--rdzv-endpoint node7:29400 -m longctx.train attention=ring"
+        "run {root}/launch/_torchrun.py --nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d "
+        "--rdzv-id 42 --rdzv-endpoint node7:29400 -m longctx.train attention=ring"
     )
 
 
