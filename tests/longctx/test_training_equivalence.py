@@ -1,0 +1,67 @@
+"""The same seed and data give the same losses, whatever the strategy and however many ranks share the work."""
+
+import pytest
+
+from tests.support.training import held_out_losses, losses, run_training, write_corpus
+
+RUNS = [
+    (2, "striped", "parallel.cp=2"),
+    (4, "striped", "parallel.cp=4"),
+    (4, "striped", "parallel.cp=2"),
+    (2, "striped", "attention.width=5"),
+    (1, "ring", "parallel.cp=1"),
+    (2, "ring", "parallel.cp=2"),
+    (4, "ring", "parallel.cp=4"),
+    (2, "zigzag", "parallel.cp=2"),
+    (4, "zigzag", "parallel.cp=4"),
+    (1, "local", "parallel.cp=1"),
+    (2, "local", "train.micro_batch=2"),
+    (4, "local", "parallel.cp=1"),
+    (2, "striped", "engine.parameters=shard"),
+    (4, "zigzag", "engine.parameters=shard parallel.cp=2 parallel.dp_shard=2"),
+    (4, "ring", "engine.parameters=shard parallel.cp=2"),
+    (2, "striped", "model.tie_embeddings=true"),
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(scope="module")
+def reference(gloo_pool, corpus, tmp_path_factory):
+    """Return the losses of one rank with striped attention, per dtype and tying."""
+    done = {}
+
+    def get(dtype: str, tied: bool):
+        if (dtype, tied) not in done:
+            run_dir = tmp_path_factory.mktemp("reference")
+            done[dtype, tied] = run(gloo_pool, 1, "striped", f"model.tie_embeddings={tied}", dtype, corpus, run_dir)
+        return done[dtype, tied]
+
+    return get
+
+
+def run(pool, world_size, attention, extra, dtype, corpus, run_dir):
+    overrides = [f"attention={attention}", f"engine.dtype={dtype}", *extra.lower().split()]
+    paths = [f"data.path={corpus}", f"data.cache_dir={corpus.parent / 'cache'}", f"run_dir={run_dir}"]
+    pool.run(run_training, world_size, [*overrides, *paths])
+    return losses(run_dir) + held_out_losses(run_dir)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
+@pytest.mark.parametrize(("world_size", "attention", "extra"), RUNS, ids=[f"{w}-{a}-{e}" for w, a, e in RUNS])
+def test_same_losses(gloo_pool, reference, corpus, tmp_path, world_size, attention, extra, dtype, tolerance):
+    want = reference(dtype, "tie_embeddings=true" in extra)
+    got = run(gloo_pool, world_size, attention, extra, dtype, corpus, tmp_path / "run")
+    assert len(got) == len(want) == 21  # twenty steps and one evaluation
+    assert want[0] == pytest.approx(5.55, abs=0.1) and want[19] < want[0] - 0.5
+    for ours, theirs in zip(got, want, strict=True):
+        assert abs(ours - theirs) <= tolerance * abs(theirs)
+
+
+def test_bfloat16_follows_float32(gloo_pool, reference, corpus, tmp_path):
+    got = run(gloo_pool, 2, "striped", "engine.parameters=shard", "bfloat16", corpus, tmp_path / "run")
+    for ours, theirs in zip(got, reference("float32", False), strict=True):
+        assert 0 < abs(ours - theirs) < 0.02 * theirs  # it is another arithmetic, and close
