@@ -105,16 +105,16 @@ class BatchSource:
         )
         return [self._shard([stream.sample(index) for index in indices]) for indices in rows]
 
-    def evaluation(self, stream: Stream, samples: int) -> list[MicroBatch]:
-        """Return this rank's share of samples [0, samples), one per micro-batch, as many micro-batches on every rank.
+    def evaluation(self, stream: Stream, indices: Sequence[int]) -> list[MicroBatch]:
+        """Return this rank's share of the samples, one per micro-batch, as many micro-batches on every rank.
 
         Ranks that run out get a filler without labels: all must take part in the collectives of every forward.
         """
         batches = []
-        for first in range(0, samples, self.dp_size):
-            index = first + self.dp_rank
-            sample = stream.sample(min(index, samples - 1))
-            batches.append(self._shard([sample], count_labels=index < samples))
+        for first in range(0, len(indices), self.dp_size):
+            own = first + self.dp_rank
+            sample = stream.sample(indices[min(own, len(indices) - 1)])
+            batches.append(self._shard([sample], count_labels=own < len(indices)))
         return batches
 
     def _shard(self, samples: Sequence[Sample], *, count_labels: bool = True) -> MicroBatch:

@@ -49,7 +49,7 @@ class TrainConfig:
     global_batch: int = 2
     micro_batch: int = 1
     eval_every: int = 0
-    eval_samples: int = 4
+    eval_samples: int = 8
     seed: int = 1234
 
     def validate(self) -> None:

@@ -233,11 +233,13 @@ def loop(run: Run, *, logger: MetricsLogger, meter: StepMeter, step: int) -> Non
 
 
 def evaluate(run: Run, *, step: int, logger: MetricsLogger) -> None:
-    """Report the loss on held-out documents."""
+    """Report the loss on held-out documents: samples spread evenly over all of them, the same at every evaluation."""
     if run.held_out is None:
         return
-    samples = min(run.config.train.eval_samples, run.held_out.samples)
-    loss = run.engine.evaluate(run.batches.evaluation(run.held_out, samples))
+    available = run.held_out.samples
+    count = min(run.config.train.eval_samples, available)
+    indices = [i * available // count for i in range(count)]
+    loss = run.engine.evaluate(run.batches.evaluation(run.held_out, indices))
     logger.evaluation(step - 1, {"held_out_loss": loss})
 
 

@@ -53,7 +53,7 @@ class DataConfig:
     cache_dir: str = "corpus"
     seq_len: int = 8192
     seed: int = 1234
-    held_out: float = 0.02
+    held_out: float = 0.05
 
     def validate(self) -> None:
         """Refuse options that contradict each other; raise ValueError with the key to change. Touches no file."""

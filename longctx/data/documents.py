@@ -17,9 +17,13 @@ from typing import BinaryIO
 from longctx.data.config import DataConfig
 
 # Left out of the standard library: the tests (slim and distribution Pythons do not ship them; some are not UTF-8), what
-# is installed into it, and applications that distributions package separately.
+# is installed into it, applications that distributions package separately, and `encodings`, a fifth of the files, which
+# are generated tables of character codes rather than text.
 _STDLIB_WITHOUT = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo", "__pycache__"}
+    {
+        *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo"),
+        *("encodings", "__pycache__"),
+    }
 )
 _DEFAULT_GLOB = {"folder": "**", "txt": "*.txt", "jsonl": "*.jsonl", "stdlib": "*.py"}
 _EXAMPLES = 5
