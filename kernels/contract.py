@@ -33,8 +33,8 @@ class Request:
 class LocalKernel(Protocol):
     """Attention of a q shard to a k/v shard over a tile list, continuing from what earlier hops left.
 
-    Shapes: `q, out, dout, dq [B, Tq, H, D]`, `k, v, dk, dv [B, Tk, HK, D]`, `lse [B, H, Tq]`. HK divides H; query head h
-    reads KV head `h // (H // HK)`; repeated K/V never outlive one tile. Accumulators are float32 (float64 for
+    Shapes: `q, out, dout, dq [B, Tq, H, D]`, `k, v, dk, dv [B, Tk, HK, D]`, `lse [B, H, Tq]`. HK divides H; query
+    head h reads KV head `h // (H // HK)`; repeated K/V never outlive one tile. Accumulators are float32 (float64 for
     float64 inputs) and are written in place. A query without a visible key keeps out 0, lse -inf and gradient 0.
     """
 
@@ -65,5 +65,5 @@ class LocalKernel(Protocol):
         dk: Tensor,
         dv: Tensor,
     ) -> None:
-        """Add the tiles' gradients to `dq, dk, dv`; `out` (input dtype) and `lse` are the MERGED results of all hops."""
+        """Add the tiles' gradients to `dq, dk, dv`; `out` (input dtype) and `lse` are merged over ALL hops."""
         ...

@@ -1,7 +1,7 @@
 """Merge two partial results of softmax attention over disjoint sets of keys.
 
-For one query, a set of keys S gives `lse(S) = log sum_{j in S} exp(s_j)` and `out(S) = sum_{j in S} exp(s_j - lse(S)) v_j`.
-Over disjoint sets, with `lse = logaddexp(lse_a, lse_b)`,
+For one query, a set of keys S gives `lse(S) = log sum_{j in S} exp(s_j)` and `out(S) = sum_{j in S} exp(s_j - lse(S))
+v_j`. Over disjoint sets, with `lse = logaddexp(lse_a, lse_b)`,
 
     out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 

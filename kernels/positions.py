@@ -136,4 +136,6 @@ def _document_of(position: int, bounds: Sequence[int]) -> int:
 def check_bounds(bounds: Sequence[int], *, total: int) -> None:
     """Refuse document bounds that do not go strictly upwards from 0 to `total`."""
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != total or any(b <= a for a, b in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must go strictly upwards from 0 to {total} (the number of tokens); given {bounds}")
+        raise ValueError(
+            f"cu_seqlens must go strictly upwards from 0 to {total} (the number of tokens); given {bounds}"
+        )

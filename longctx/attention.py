@@ -1,7 +1,7 @@
 """THE composition: attention = token layout x communication schedule x mask x local kernel.
 
-The schedule brings K/V shards, the plan (layout and mask) says which tiles to compute, the kernel computes them. The four
-meet here and nowhere else.
+The schedule brings K/V shards, the plan (layout and mask) says which tiles to compute, the kernel computes them. The
+four meet here and nowhere else.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """From hydra groups and command-line overrides to frozen dataclasses: the one place that knows OmegaConf.
 
-Groups are composed by hydra's compose API, merged once into the structured `Config` below (which refuses unknown keys and
-wrong types), converted to plain dataclasses, and checked. Nothing below this module sees a DictConfig.
+Groups are composed by hydra's compose API, merged once into the structured `Config` below (which refuses unknown keys
+and wrong types), converted to plain dataclasses, and checked. Nothing below this module sees a DictConfig.
 """
 
 import dataclasses
@@ -102,7 +102,8 @@ def load_config(overrides: Sequence[str]) -> Config:
     """Compose `configs/train.yaml` with hydra overrides and check the result.
 
     Raises:
-        ValueError: an unknown key or choice, a wrong type, or an impossible combination; names the key and what is known.
+        ValueError: an unknown key or choice, a wrong type, or an impossible combination; names the key and what is
+        known.
     """
     schema = OmegaConf.structured(Config)
     _check_overrides(overrides, schema)

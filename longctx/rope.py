@@ -1,8 +1,8 @@
 """Rotary position embedding from global positions (Su et al., arXiv 2104.09864), with angles in float64.
 
-A float32 angle is off by up to 0.03 rad at position 1,000,000 and 0.125 rad at 4,000,000: the product position x frequency
-needs more than 24 bits. The angles of one rank's tokens are computed once per forward, in float64, and only their cosines
-and sines are rounded.
+A float32 angle is off by up to 0.03 rad at position 1,000,000 and 0.125 rad at 4,000,000: the product position x
+frequency needs more than 24 bits. The angles of one rank's tokens are computed once per forward, in float64, and only
+their cosines and sines are rounded.
 """
 
 import torch

@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(arguments)
         degrees = check_world(config, world_size=launch.world_size)
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        device = init_distributed(launch, device_type=device_type)
+        device = init_distributed(launch)
         try:
             check_equal(config.digest(), what="the configuration")
             train(config, degrees=degrees, device=device, overrides=arguments)
@@ -70,9 +69,7 @@ def check_world(config: Config, *, world_size: int) -> Degrees:
     schedule = config.attention.schedule
     degrees = resolve_degrees(config.parallel, world_size=world_size, distributed_schedule=schedule != "local")
     Layout(config.attention.layout, degrees.cp, config.attention.width).check_total(config.data.seq_len)  # type: ignore[arg-type]
-    grad_accum_steps(
-        global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, dp_size=degrees.dp
-    )
+    grad_accum_steps(global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, dp_size=degrees.dp)
     return degrees
 
 
@@ -119,7 +116,7 @@ def train(config: Config, *, degrees: Degrees, device: torch.device, overrides: 
         run.say = logger.message
         meter = StepMeter(world_size=dist.get_world_size(), device_type=device.type, peak_flops=peak.value)
         loop(run, logger=logger, meter=meter, step=step)
-    say(closing_words(config, overrides))
+    say(closing_words(config, overrides, steps=max(step, config.train.steps)))
 
 
 def setup(config: Config, *, degrees: Degrees, device: torch.device, say: Callable[[str], None]) -> Run:
@@ -198,7 +195,8 @@ def resume(run: Run) -> tuple[int, dict[str, Any]]:
 def loop(run: Run, *, logger: MetricsLogger, meter: StepMeter, step: int) -> None:
     """Train from `step` to the end of the run."""
     config, total = run.config, run.config.train.steps
-    start = step
+    if step >= total:
+        run.say(f"train.steps={total} is reached: nothing is left to do")
     while step < total:
         meter.begin()
         with meter.waiting_for_data():
@@ -219,17 +217,13 @@ def loop(run: Run, *, logger: MetricsLogger, meter: StepMeter, step: int) -> Non
             "samples_seen": step * config.train.global_batch,
             "tokens_seen": step * run.tokens_per_step,
         }
-        logger.log(
-            step - 1, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, **measured, **progress}
-        )
+        logger.log(step, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, **measured, **progress})
         run.checkpointer.poll()
         every = config.checkpoint.every
         if step == total or (every and step % every == 0):
             save(run, step=step, logger=logger)
         if step == total or (config.train.eval_every and step % config.train.eval_every == 0):
             evaluate(run, step=step, logger=logger)
-    if start == total:
-        evaluate(run, step=step, logger=logger)
 
 
 def evaluate(run: Run, *, step: int, logger: MetricsLogger) -> None:
@@ -240,7 +234,7 @@ def evaluate(run: Run, *, step: int, logger: MetricsLogger) -> None:
     count = min(run.config.train.eval_samples, available)
     indices = [i * available // count for i in range(count)]
     loss = run.engine.evaluate(run.batches.evaluation(run.held_out, indices))
-    logger.evaluation(step - 1, {"held_out_loss": loss})
+    logger.evaluation(step, {"held_out_loss": loss})
 
 
 def save(run: Run, *, step: int, logger: MetricsLogger) -> None:
@@ -306,13 +300,13 @@ def announce(run: Run, *, degrees: Degrees, peak: Peak, step: int) -> None:
     run.say(f"mfu: of {peak.description}")
 
 
-def closing_words(config: Config, overrides: Sequence[str]) -> str:
+def closing_words(config: Config, overrides: Sequence[str], *, steps: int) -> str:
     """Say where everything is, and the command that continues the run."""
     run_dir = Path(config.run_dir)
     kept = [override for override in overrides if not override.startswith(("train.steps=", "checkpoint.resume="))]
-    command = ["./launch/train.sh", *kept, f"train.steps={2 * config.train.steps}"]
+    command = ["./launch/train.sh", *kept, f"train.steps={2 * steps}"]
     return (
-        f"finished {config.train.steps} steps\n"
+        f"finished {steps} steps\n"
         f"  checkpoints  {run_dir / 'checkpoints'}\n"
         f"  metrics      {run_dir / 'metrics.jsonl'}\n"
         f"  loss curve   {run_dir / 'loss.png'}\n"

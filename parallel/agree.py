@@ -47,4 +47,6 @@ def check_equal(digest: str, *, what: str) -> None:
     dist.all_gather_object(digests, digest)
     different = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if different:
-        raise ValueError(f"{what} on rank(s) {different} differs from rank 0's: start every rank with the same arguments")
+        raise ValueError(
+            f"{what} on rank(s) {different} differs from rank 0's: start every rank with the same arguments"
+        )

@@ -1,11 +1,11 @@
 """Token layouts: which global positions a context-parallel rank owns. Integers first, tensors second.
 
-| layout     | rank r of cp owns                                   | segments          | balance of a causal mask             |
-|------------|-----------------------------------------------------|-------------------|--------------------------------------|
-| contiguous | [r n, (r+1) n)                                      | 1 of stride 1     | cp / (2 cp - 1) of ideal             |
-| zigzag     | chunks r and 2 cp - 1 - r of 2 cp                   | 2 of stride 1     | exact for one document               |
-| striped    | width 1: r, r + cp, r + 2 cp, ...                   | 1 of stride cp    | 1 - (cp-1)/(cp(n+1)), documents too  |
-|            | width w: w positions of every cp w                  | n/w of stride 1   | between the two                      |
+| layout     | rank r of cp owns                      | segments       | balance of a causal mask            |
+|------------|----------------------------------------|----------------|-------------------------------------|
+| contiguous | [r n, (r+1) n)                         | 1 of stride 1  | cp / (2 cp - 1) of ideal            |
+| zigzag     | chunks r and 2 cp - 1 - r of 2 cp      | 2 of stride 1  | exact for one document              |
+| striped    | width 1: r, r + cp, r + 2 cp, ...      | 1 of stride cp | 1 - (cp-1)/(cp(n+1)), documents too |
+|            | width w: w positions of every cp w     | n/w, stride 1  | between the two                     |
 
 Any total that is a multiple of cp works: an odd zigzag shard has its two chunks one token apart, and the last round of
 wide stripes is narrower.
@@ -39,9 +39,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(LayoutName):
-            raise ValueError(
-                f"attention.layout={self.name} is not known; known are {', '.join(get_args(LayoutName))}"
-            )
+            raise ValueError(f"attention.layout={self.name} is not known; known are {', '.join(get_args(LayoutName))}")
         if self.cp < 1:
             raise ValueError(f"parallel.cp must be >= 1; given {self.cp}")
         if self.width < 1:
@@ -82,9 +80,7 @@ class Layout:
 
     def positions(self, rank: int, total: int) -> Tensor:
         """Return rank's global positions in local order, int64 `[total / cp]`."""
-        parts = [
-            torch.arange(s.start, s.last + 1, s.stride, dtype=torch.int64) for s in self.segments(rank, total)
-        ]
+        parts = [torch.arange(s.start, s.last + 1, s.stride, dtype=torch.int64) for s in self.segments(rank, total)]
         return torch.cat(parts)
 
     def shard(self, x: Tensor, *, rank: int, dim: int) -> Tensor:

@@ -1,7 +1,7 @@
 """N simulated ranks in one process: every schedule, forward and backward, without a process group.
 
-Each rank is a thread that runs the same function with its own transport; hops pass through queues. Results do not depend
-on timing, since a rank reads each neighbour's messages in the order they were sent.
+Each rank is a thread that runs the same function with its own transport; hops pass through queues. Results do not
+depend on timing, since a rank reads each neighbour's messages in the order they were sent.
 """
 
 import queue
@@ -21,7 +21,9 @@ TIMEOUT_SECONDS = 120.0
 class LoopbackTransport:
     """One simulated rank's view of the group."""
 
-    def __init__(self, rank: int, mailboxes: Sequence["queue.SimpleQueue[tuple[Tensor, ...]]"], failed: threading.Event):
+    def __init__(
+        self, rank: int, mailboxes: Sequence["queue.SimpleQueue[tuple[Tensor, ...]]"], failed: threading.Event
+    ):
         self.rank = rank
         self.size = len(mailboxes)
         self.traffic = Traffic()
@@ -56,8 +58,8 @@ class _LoopbackExchange:
 def run_ranks(size: int, function: Callable[[LoopbackTransport], Result]) -> list[Result]:
     """Run `function(transport)` on `size` simulated ranks and return their results in rank order.
 
-    The first exception of any rank is raised here, and a hop without a partner fails after a time-out. All messages must
-    have been received at the end.
+    The first exception of any rank is raised here, and a hop without a partner fails after a time-out. All messages
+    must have been received at the end.
     """
     mailboxes: list[queue.SimpleQueue[tuple[Tensor, ...]]] = [queue.SimpleQueue() for _ in range(size)]
     failed = threading.Event()

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -90,8 +89,8 @@ def build_mesh(degrees: Degrees, *, device_type: str) -> DeviceMesh:
 def build_parameter_mesh(replicas: int, *, device_type: str) -> DeviceMesh:
     """Return the mesh that parameters live on: `replicas` copies, each shared evenly by the ranks next to each other.
 
-    Axes `replicate, shard` in the same rank order as `build_mesh`, whose dp_shard and cp ranks are neighbours; 1-D where
-    there is a single copy, which is what FSDP2 wants.
+    Axes `replicate, shard` in the same rank order as `build_mesh`, whose dp_shard and cp ranks are neighbours; 1-D
+    where there is a single copy, which is what FSDP2 wants.
     """
     shards = dist.get_world_size() // replicas
     assert shards * replicas == dist.get_world_size(), replicas
@@ -114,19 +113,25 @@ def read_launch() -> Launch:
     """Read torchrun's variables; a process started without torchrun is a world of one."""
     if "RANK" not in os.environ:
         return Launch(0, 1, 0, False)
-    return Launch(
-        int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")), True
-    )
+    return Launch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")), True)
 
 
-def init_distributed(launch: Launch, *, device_type: Literal["cpu", "cuda"]) -> torch.device:
-    """Start the default process group (gloo on CPU, nccl plus gloo on CUDA) and return this rank's device."""
-    if device_type == "cuda":
-        device = torch.device("cuda", launch.local_rank)
+def init_distributed(launch: Launch) -> torch.device:
+    """Start the default process group (nccl beside gloo where there are GPUs, else gloo); return this rank's device.
+
+    Raises:
+        ValueError: more ranks on this machine than GPUs.
+    """
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        if launch.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {launch.local_rank} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}. Launch one rank per GPU (NPROC={torch.cuda.device_count()} "
+                "./launch/train.sh ...), or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on CPU"
+            )
+        device, backend = torch.device("cuda", launch.local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if launch.launched:
         dist.init_process_group(backend)
     else:

@@ -1,6 +1,7 @@
 """The plan: for each rank and hop, the tiles to compute. Pure integers, printable, testable without processes.
 
-The trainer, the kernels and the tests all read this object: work, balance and hops that compute nothing are sums over it.
+The trainer, the kernels and the tests all read this object: work, balance and hops that compute nothing are sums over
+it.
 """
 
 from collections.abc import Sequence
@@ -105,9 +106,7 @@ def visible_pairs(mask: Mask, *, total: int) -> int:
     return total_pairs(tiles_between(whole, whole, mask=mask, total=total))
 
 
-def plans_for(
-    layout: Layout, masks: Sequence[Mask], schedule: Schedule, *, rank: int, total: int
-) -> tuple[Plan, ...]:
+def plans_for(layout: Layout, masks: Sequence[Mask], schedule: Schedule, *, rank: int, total: int) -> tuple[Plan, ...]:
     """Return one plan per batch row, or a single one where all rows have the same mask."""
     distinct = masks[:1] if all(mask == masks[0] for mask in masks) else masks
     return tuple(plan(layout, mask, schedule, rank=rank, total=total) for mask in distinct)

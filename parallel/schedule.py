@@ -1,6 +1,6 @@
 """What a communication schedule is: whose K/V arrives when. It never sees a mask."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from torch import Tensor
@@ -11,7 +11,7 @@ Attend = Callable[[int, Tensor, Tensor], None]
 AttendBackward = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class Schedule(Protocol):
+class Schedule(Hashable, Protocol):
     """Bring every rank's K/V shard past every rank, and the gradients home. A value: equal names, equal behaviour."""
 
     @property
@@ -26,5 +26,5 @@ class Schedule(Protocol):
         ...
 
     def backward(self, transport: Transport, k: Tensor, v: Tensor, *, attend: AttendBackward) -> tuple[Tensor, Tensor]:
-        """Call `attend(source, k, v) -> (dk, dv)` once per shard; return the own shard's gradients, summed over ranks."""
+        """Call `attend(source, k, v) -> (dk, dv)` once per shard; return the own shard's, summed over ranks."""
         ...

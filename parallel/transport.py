@@ -1,7 +1,7 @@
 """Move tensors between the ranks of a context-parallel group, and count what moves.
 
-A transport is all that a schedule knows about the other ranks. `ProcessGroupTransport` talks to real ranks; the loopback
-transport (`loopback.py`) simulates N ranks in one process with the same calls.
+A transport is all that a schedule knows about the other ranks. `ProcessGroupTransport` talks to real ranks; the
+loopback transport (`loopback.py`) simulates N ranks in one process with the same calls.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class Transport(Protocol):
 
 
 class ProcessGroupTransport:
-    """Hops over `torch.distributed` point-to-point calls; all ranks of the group make the same calls in the same order."""
+    """Hops over `torch.distributed` point-to-point calls; all ranks of the group make the same calls in order."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank = dist.get_rank(group)

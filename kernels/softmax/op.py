@@ -28,5 +28,7 @@ def resolve_kernel(name: str, request: Request) -> LocalKernel:
     reason = candidates[name].unsupported(request)
     if reason is not None:
         others = [key for key, kernel in candidates.items() if kernel.unsupported(request) is None]
-        raise ValueError(f"attention.kernel={name} cannot serve this: {reason}; set attention.kernel={'|'.join(others)}")
+        raise ValueError(
+            f"attention.kernel={name} cannot serve this: {reason}; set attention.kernel={'|'.join(others)}"
+        )
     return candidates[name]

@@ -65,7 +65,7 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """Return the mean token loss over all ranks' micro-batches (collective; the same number of them on each rank)."""
+        """Return the mean token loss over all ranks' micro-batches (collective; equally many on each rank)."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

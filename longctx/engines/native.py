@@ -87,7 +87,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """Return the mean token loss over all ranks' micro-batches (collective; the same number of them on each rank)."""
+        """Return the mean token loss over all ranks' micro-batches (collective; equally many on each rank)."""
         self.model.eval()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         for batch in micro_batches:
@@ -103,9 +103,7 @@ class NativeEngine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the state back after DCP filled it in."""
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     @property
     def _fsdp(self) -> FSDPModule:

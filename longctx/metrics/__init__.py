@@ -1,6 +1,7 @@
 """Report on a run: console, metrics.jsonl, loss.png, TensorBoard, wandb, FLOPs and throughput.
 
-Steps are indices from 0 everywhere in this package; only what people read counts finished steps ("step 12/60").
+A step's number is how many optimizer steps are finished after it, 1 to the run's total, in everything that is written,
+as in the names of checkpoints: the line of step 60 tells of the weights in iter_0000060.
 """
 
 from longctx.metrics.config import LoggerConfig, WandbConfig

@@ -24,14 +24,17 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
 
 def decode(line: bytes) -> Record | None:
-    """Return the record on `line`, or None for a line that is torn (by a kill or a full disk) or not a record."""
+    """Return the record on `line`, or None for a line that is torn (by a kill or a full disk) or not a record.
+
+    A record has a `step` of 1 or more.
+    """
     if not line.endswith(b"\n"):
         return None
     try:
         record = json.loads(line)
     except ValueError:  # also raised for bytes that are no UTF-8
         return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 1:
         return None
     return {key: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
 
@@ -45,8 +48,8 @@ def read_records(path: Path) -> Iterator[Record]:
                 yield record
 
 
-def drop_from(path: Path, *, start_step: int) -> int:
-    """Rewrite the file without torn lines and without steps >= `start_step`; return the number of lines dropped.
+def drop_after(path: Path, *, step: int) -> int:
+    """Rewrite the file without torn lines and without later steps than `step`; return the number of lines dropped.
 
     The rewrite is atomic: a kill leaves either the old or the new file. A file with nothing to drop is not touched.
     """
@@ -57,7 +60,7 @@ def drop_from(path: Path, *, start_step: int) -> int:
     with path.open("rb") as source, temporary.open("wb") as target:
         for line in source:
             record = decode(line)
-            if record is None or record["step"] >= start_step:
+            if record is None or record["step"] > step:
                 dropped += 1
             else:
                 target.write(line)
@@ -73,7 +76,7 @@ def drop_from(path: Path, *, start_step: int) -> int:
 class JsonlWriter:
     """Append records to a metrics file.
 
-    Opening it drops the lines of steps >= `start_step`, which a run that continues at `start_step` will write again.
+    Opening it drops the lines of steps after `start_step`, which a run that continues from there will write again.
     `report` is told, once, when writing fails (disk full); the run goes on, and so do later writes.
     """
 
@@ -83,7 +86,7 @@ class JsonlWriter:
         self._report = report
         self._failed = False
         self._torn = False
-        self.dropped = drop_from(path, start_step=start_step)
+        self.dropped = drop_after(path, step=start_step)
         # Unbuffered: a line is with the operating system when write() returns, so that kill -9 cannot lose it.
         self._file: BinaryIO | None = path.open("ab", buffering=0)
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 from longctx.metrics.config import LoggerConfig
 from longctx.metrics.jsonl import JsonlWriter
 from longctx.metrics.meter import Eta, Smoothed
-from longctx.metrics.plot import try_draw
+from longctx.metrics.plot import LossCurve
 from longctx.metrics.progress import Progress, SilentProgress, Status, make_progress
 from longctx.metrics.sink import GuardedSink
 from longctx.metrics.tensorboard import TensorBoardSink
@@ -18,8 +18,9 @@ from longctx.metrics.wandb import WandbSink, new_run_id
 class MetricsLogger:
     """Report on a run: console, `metrics.jsonl`, `loss.png`, and TensorBoard and wandb where they are asked for.
 
-    On every rank but 0 all methods do nothing. A `step` is an optimizer step's index, from 0; `start_step` is the first
-    that this process makes, and what an earlier process logged of it and of later steps is dropped.
+    On every rank but 0 all methods do nothing. A step's number is how many optimizer steps are finished after it.
+    `start_step` is that of the checkpoint that the run continues from (0 without one); what an earlier process logged
+    of later steps is dropped.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class MetricsLogger:
         self._run_dir = run_dir
         self._total_steps = total_steps
         self._start_step = start_step
+        self._curve = LossCurve(run_dir, report=self.message)
         self._closed = False
         self._sinks: list[GuardedSink] = []
         self._jsonl: JsonlWriter | None = None
@@ -61,13 +63,13 @@ class MetricsLogger:
         try:
             self._open_sinks(resolved_config, resumed=saved_id is not None)
             # Last, so that nothing above is printed into the bar.
-            self._progress = make_progress(config.progress, total_steps=total_steps, finished_steps=start_step)
+            self._progress = make_progress(config.progress, total_steps=total_steps, start_step=start_step)
         except BaseException:
             self._close_files()
             raise
         if self._jsonl.dropped:
             self.message(
-                f"metrics.jsonl: dropped {self._jsonl.dropped} line(s) of step {start_step} and later, or cut off, "
+                f"metrics.jsonl: dropped {self._jsonl.dropped} line(s) of steps after {start_step}, or cut off, "
                 "which are written again"
             )
 
@@ -88,27 +90,26 @@ class MetricsLogger:
             self._sinks.append(GuardedSink(wandb, name="wandb", report=self.message))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report the training metrics of a step that was just made."""
+        """Report the training metrics of a step that was just made: `start_step` < `step` <= `total_steps`."""
         if self._jsonl is None or self._closed:
             return
-        assert self._start_step <= step < self._total_steps, f"step {step} of {self._start_step}..{self._total_steps}"
+        assert self._start_step < step <= self._total_steps, f"{self._start_step} < {step} <= {self._total_steps}"
         self._jsonl.write({"step": step, **metrics})
-        finished = step + 1
-        due = finished % self._config.log_every == 0 or step == self._start_step or finished == self._total_steps
+        due = step % self._config.log_every == 0 or step in (self._start_step + 1, self._total_steps)
         if due:
             for sink in self._sinks:
                 sink.log(step, metrics)
         speed = metrics.get("tokens_per_second")
         status = Status(
-            finished_steps=finished,
+            step=step,
             loss=metrics.get("loss"),
             tokens_per_second=None if speed is None else self._speed.add(speed),
-            eta_seconds=self._eta.update(finished_steps=finished, step_seconds=metrics.get("step_seconds")),
+            eta_seconds=self._eta.update(step, step_seconds=metrics.get("step_seconds")),
         )
         self._progress.update(status, due=due)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report metrics of the weights after the step with index `step`, e.g. `held_out_loss`, on a line of their own.
+        """Report metrics of the weights after `step`, e.g. `held_out_loss`, on a line of their own.
 
         Log the step itself first: wandb takes no step lower than its last.
         """
@@ -120,12 +121,11 @@ class MetricsLogger:
         numbers = "  ".join(
             f"{key.replace('held_out', 'held-out').replace('_', ' ')} {value:.4g}" for key, value in metrics.items()
         )
-        self.message(f"step {step + 1}/{self._total_steps}  {numbers}")
+        self.message(f"step {step}/{self._total_steps}  {numbers}")
+        self._curve.draw_if_due()
 
     def message(self, text: str) -> None:
         """Print `text` without breaking the bar."""
-        if self._jsonl is None and isinstance(self._progress, SilentProgress):
-            return
         self._progress.message(text)
 
     def state(self) -> dict[str, Any]:
@@ -133,17 +133,15 @@ class MetricsLogger:
         return {"wandb_run_id": self._wandb_run_id}
 
     def close(self) -> None:
-        """Draw loss.png, flush and close everything. May be called twice; never raises."""
+        """Draw loss.png, flush and close everything. May be called twice; raises nothing but a second interrupt."""
         if self._closed or self._jsonl is None:
             return
-        self._progress.close()
-        problem = try_draw(
-            self._run_dir / "metrics.jsonl", self._run_dir / "loss.png", title=f"{self._run_dir.resolve().name}: loss"
-        )
-        if problem:
-            self.message(f"warning: {problem}")
-        self._close_files()
         self._closed = True
+        try:
+            self._progress.close()
+            self._curve.draw()
+        finally:
+            self._close_files()
 
     def _close_files(self) -> None:
         for sink in self._sinks:

@@ -40,8 +40,8 @@ class Eta:
         self._last: float | None = None
         self._seconds_per_step = Smoothed()
 
-    def update(self, *, finished_steps: int, step_seconds: float | None) -> float | None:
-        """Return the seconds to go after a step, or None if not known yet.
+    def update(self, step: int, *, step_seconds: float | None) -> float | None:
+        """Return the seconds to go after `step`, or None if not known yet.
 
         `step_seconds` stands in for the time since the step before, at the first step, which has none.
         """
@@ -50,7 +50,7 @@ class Eta:
         self._last = now
         if elapsed is None:
             return None
-        return self._seconds_per_step.add(elapsed) * max(self._total_steps - finished_steps, 0)
+        return self._seconds_per_step.add(elapsed) * max(self._total_steps - step, 0)
 
 
 def memory_peak_bytes(device_type: str) -> int:

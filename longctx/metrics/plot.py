@@ -1,14 +1,21 @@
-"""Draw loss.png from metrics.jsonl: `python -m longctx.metrics.plot RUN_DIRECTORY` does it by hand, at any time."""
+"""Draw loss.png from metrics.jsonl.
+
+A run draws after its held-out evaluations and at its end. For one that is still going on, or was killed, draw by hand:
+`python -m longctx.metrics.plot RUN_DIRECTORY`.
+"""
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
 from longctx.metrics.jsonl import Record, read_records
 
 Series = tuple[list[int], list[float]]
+
+DRAW_SECONDS = 60.0  # the least time between two drawings of a run; one takes about half a second
 
 
 def series(records: Iterable[Record], key: str) -> Series:
@@ -66,19 +73,19 @@ def draw(metrics_path: Path, image_path: Path, *, title: str) -> None:
         rate_axes.tick_params(axis="y", colors="tab:green")
         rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
         rate_axes.set_ylim(0, 1.1 * max(max(rates), 1e-12))
-        lines += rate_axes.plot(_finished(lr_steps), rates, color="tab:green", lw=1, ls="--", label="learning rate")
+        lines += rate_axes.plot(lr_steps, rates, color="tab:green", lw=1, ls="--", label="learning rate")
         # The losses lie over the learning rate, and the first axes' own background must not hide it.
         axes.set_zorder(rate_axes.get_zorder() + 1)
         axes.patch.set_visible(False)
     if losses:
         few = "." if len(losses) < 3 else ""
-        x = _finished(steps)
-        lines += axes.plot(x, losses, color="tab:blue", alpha=0.45, lw=1, marker=few, label="training loss")
-        lines += axes.plot(x, smooth(losses), color="tab:blue", lw=2, label="training loss, moving mean")
+        lines += axes.plot(steps, losses, color="tab:blue", alpha=0.45, lw=1, marker=few, label="training loss")
+        lines += axes.plot(steps, smooth(losses), color="tab:blue", lw=2, label="training loss, moving mean")
     if held_out:
-        x = _finished(held_out_steps)
-        lines += axes.plot(x, held_out, color="tab:orange", lw=1.5, marker="o", ms=5, label="held-out loss")
-    axes.set_xlabel("steps")
+        lines += axes.plot(
+            held_out_steps, held_out, color="tab:orange", lw=1.5, marker="o", ms=5, label="held-out loss"
+        )
+    axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(visible=True, alpha=0.3)
@@ -86,12 +93,11 @@ def draw(metrics_path: Path, image_path: Path, *, title: str) -> None:
     axes.legend(handles=lines, loc="upper right", framealpha=0.9)
 
     temporary = image_path.with_name(image_path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(image_path)
-
-
-def _finished(steps: Iterable[int]) -> list[int]:
-    return [step + 1 for step in steps]
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(image_path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def try_draw(metrics_path: Path, image_path: Path, *, title: str) -> str | None:
@@ -101,6 +107,38 @@ def try_draw(metrics_path: Path, image_path: Path, *, title: str) -> str | None:
     except Exception as error:
         return f"{image_path.name} could not be drawn ({type(error).__name__}: {error})"
     return None
+
+
+class LossCurve:
+    """Keep a run's loss.png up to date, and never hold up or stop the run for it."""
+
+    def __init__(
+        self, run_dir: Path, *, report: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Draw <run_dir>/loss.png; `report` is told what went wrong, each problem once."""
+        self._run_dir = run_dir
+        self._report = report
+        self._clock = clock
+        self._due = clock() + DRAW_SECONDS
+        self._problem: str | None = None
+
+    def draw_if_due(self) -> None:
+        """Draw, but not in the first minute, nor more than once a minute, nor for more than 1 % of the time."""
+        if self._clock() >= self._due:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw now."""
+        begin = self._clock()
+        problem = try_draw(
+            self._run_dir / "metrics.jsonl", self._run_dir / "loss.png", title=f"{self._run_dir.resolve().name}: loss"
+        )
+        if problem is not None and problem != self._problem:
+            self._report(f"warning: {problem}")
+        self._problem = problem
+        now = self._clock()
+        # All of metrics.jsonl is read at each drawing, which takes seconds once there are a million steps.
+        self._due = now + max(DRAW_SECONDS, 100 * (now - begin))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from longctx.metrics.config import PROGRESS_KINDS
 class Status:
     """What the console shows of one step. None where a number is not known."""
 
-    finished_steps: int
+    step: int
     loss: float | None
     tokens_per_second: float | None
     eta_seconds: float | None
@@ -80,8 +80,8 @@ def describe(status: Status) -> str:
 class BarProgress:
     """A tqdm bar on `bar_stream`; messages go to `stream`, above the bar where both are the same terminal."""
 
-    def __init__(self, *, total_steps: int, finished_steps: int, stream: TextIO, bar_stream: TextIO) -> None:
-        """Draw the bar. Raise ValueError if tqdm is not installed."""
+    def __init__(self, *, total_steps: int, start_step: int, stream: TextIO, bar_stream: TextIO) -> None:
+        """Draw the bar at `start_step`. Raise ValueError if tqdm is not installed."""
         try:
             tqdm: Any = importlib.import_module("tqdm").tqdm
         except ImportError as error:
@@ -94,7 +94,7 @@ class BarProgress:
         self._stream = stream
         self._bar = tqdm(
             total=total_steps,
-            initial=finished_steps,
+            initial=start_step,
             file=bar_stream,
             dynamic_ncols=True,
             miniters=1,
@@ -104,7 +104,7 @@ class BarProgress:
     def update(self, status: Status, *, due: bool) -> None:
         """Redraw the bar, at most ten times a second."""
         self._bar.set_description_str(describe(status), refresh=False)
-        self._bar.update(status.finished_steps - self._bar.n)
+        self._bar.update(status.step - self._bar.n)
 
     def message(self, text: str) -> None:
         """Print `text` above the bar."""
@@ -128,7 +128,7 @@ class LineProgress:
     def update(self, status: Status, *, due: bool) -> None:
         """Print the step if it is due."""
         if due:
-            self.message(f"step {status.finished_steps}/{self._total_steps}  {describe(status)}")
+            self.message(f"step {status.step}/{self._total_steps}  {describe(status)}")
 
     def message(self, text: str) -> None:
         """Print `text`."""
@@ -162,7 +162,7 @@ def make_progress(
     kind: str,
     *,
     total_steps: int,
-    finished_steps: int,
+    start_step: int,
     stream: TextIO | None = None,
     bar_stream: TextIO | None = None,
 ) -> Progress:
@@ -176,7 +176,7 @@ def make_progress(
     if kind == "auto":
         kind = "bar" if bar_stream.isatty() and importlib.util.find_spec("tqdm") is not None else "lines"
     if kind == "bar":
-        return BarProgress(total_steps=total_steps, finished_steps=finished_steps, stream=stream, bar_stream=bar_stream)
+        return BarProgress(total_steps=total_steps, start_step=start_step, stream=stream, bar_stream=bar_stream)
     if kind == "lines":
         return LineProgress(total_steps=total_steps, stream=stream)
     if kind == "off":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class TensorBoardSink:
-    """Write event files below `directory`. Points of steps >= `start_step` from before a resume are hidden."""
+    """Write event files below `directory`. Points of steps after `start_step` from before a resume are hidden."""
 
     def __init__(self, directory: Path, *, start_step: int) -> None:
         """Open the event file. Raise ValueError if the package is missing or the directory cannot be written."""
@@ -17,7 +17,7 @@ class TensorBoardSink:
                 "logger.tensorboard=false"
             ) from error
         try:
-            self._writer = SummaryWriter(str(directory), purge_step=start_step, flush_secs=10)
+            self._writer = SummaryWriter(str(directory), purge_step=start_step + 1, flush_secs=10)
         except OSError as error:
             raise ValueError(f"logger.tensorboard=true, but {directory} cannot be written: {error}") from error
 

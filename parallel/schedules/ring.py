@@ -1,8 +1,8 @@
 """The ring schedule: K/V shards travel around the group, one hop per shard. It never sees a mask.
 
-Ring Attention (Liu et al., arXiv 2310.01889). Forward makes cp - 1 hops of (k, v); backward cp - 1 hops of (k, v) and cp
-hops of (dk, dv), which travel one hop behind the shard that they belong to and end at its owner. Every exchange is posted
-before the kernel runs and waited for after it, so transfers hide behind arithmetic where the hardware allows.
+Ring Attention (Liu et al., arXiv 2310.01889). Forward makes cp - 1 hops of (k, v); backward cp - 1 hops of (k, v) and
+cp hops of (dk, dv), which travel one hop behind the shard that they belong to and end at its owner. Every exchange is
+posted before the kernel runs and waited for after it, so transfers hide behind arithmetic where the hardware allows.
 """
 
 from dataclasses import dataclass

@@ -26,9 +26,7 @@ TOKENS_PER_RANK = (7, 8)
 
 
 def loopback(layout: Layout, problem, masks, *, schedule: str = "ring", kernel: str = "torch") -> list[torch.Tensor]:
-    ranks = run_ranks(
-        layout.cp, lambda t: sharded(t, layout, problem, masks, schedule=schedule, kernel=kernel)
-    )
+    ranks = run_ranks(layout.cp, lambda t: sharded(t, layout, problem, masks, schedule=schedule, kernel=kernel))
     return together(layout, ranks)
 
 

@@ -1,4 +1,4 @@
-"""The decoder: shapes and sizes, initial weights from a name and a seed, and that it does not care who holds a token."""
+"""The decoder: shapes, initial weights from a name and a seed, and that it does not care who holds a token."""
 
 import dataclasses
 

@@ -205,49 +205,44 @@ def test_no_gradient_at_all_has_norm_zero() -> None:
         clip_grad_norm([], max_norm=-1.0, shard_group=None)
 
 
-def _fsdp_rank(rank: int, world_size: int, init_file: str) -> None:
+def _fsdp_rank(rank: int, world_size: int, group: dist.ProcessGroup) -> None:
     """Clip and step a model sharded over two ranks; compare with the whole model, which each rank holds too."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
-    try:
-        config = OptimConfig(lr=0.1, weight_decay=0.5)
-        torch.manual_seed(0)
-        # 3 rows over 2 ranks are shards of 2 and 1 rows; 1 row leaves the second rank with an empty shard.
-        whole = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1))
-        sharded = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1))
-        sharded.load_state_dict(whole.state_dict())
-        mesh = init_device_mesh("cpu", (world_size,))
-        fully_shard(sharded, mesh=mesh)
-        optimizers = [build_optimizer(model, config) for model in (whole, sharded)]
-        for max_norm in (None, 0.25, 1e6):
-            for model in (whole, sharded):
-                model.zero_grad()
-                (model(torch.arange(10.0).reshape(2, 5)) ** 2).mean().backward()
-            expected = nn.utils.clip_grad_norm_(whole.parameters(), math.inf if max_norm is None else max_norm)
-            norm = clip_grad_norm(sharded.parameters(), max_norm=max_norm, shard_group=mesh.get_group())
-            torch.testing.assert_close(norm, expected)
-            both = [torch.empty_like(norm) for _ in range(world_size)]
-            dist.all_gather(both, norm)
-            assert torch.equal(both[0], both[1]), "ranks disagree on the norm"
-            for a, b in zip(sharded.parameters(), whole.parameters(), strict=True):
-                torch.testing.assert_close(a.grad.full_tensor(), b.grad)
-            for optimizer in optimizers:
-                optimizer.step()
-            for a, b in zip(sharded.parameters(), whole.parameters(), strict=True):
-                torch.testing.assert_close(a.full_tensor(), b)
-        # One rank's NaN reaches the norm of both, and neither scales.
-        if rank == 0:
-            next(sharded.parameters()).grad.to_local()[0, 0] = math.nan
-        before = [p.grad.to_local().clone() for p in sharded.parameters()]
-        assert torch.isnan(clip_grad_norm(sharded.parameters(), max_norm=0.25, shard_group=mesh.get_group()))
-        for parameter, grad in zip(sharded.parameters(), before, strict=True):
-            torch.testing.assert_close(parameter.grad.to_local(), grad, rtol=0, atol=0, equal_nan=True)
-        # Shards without their group would give a norm that is too small.
-        with pytest.raises(AssertionError, match="2 shard"):
-            clip_grad_norm(sharded.parameters(), max_norm=None, shard_group=None)
-    finally:
-        dist.destroy_process_group()
+    config = OptimConfig(lr=0.1, weight_decay=0.5)
+    torch.manual_seed(0)
+    # 3 rows over 2 ranks are shards of 2 and 1 rows; 1 row leaves the second rank with an empty shard.
+    whole = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1))
+    sharded = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1))
+    sharded.load_state_dict(whole.state_dict())
+    mesh = init_device_mesh("cpu", (world_size,))
+    fully_shard(sharded, mesh=mesh)
+    optimizers = [build_optimizer(model, config) for model in (whole, sharded)]
+    for max_norm in (None, 0.25, 1e6):
+        for model in (whole, sharded):
+            model.zero_grad()
+            (model(torch.arange(10.0).reshape(2, 5)) ** 2).mean().backward()
+        expected = nn.utils.clip_grad_norm_(whole.parameters(), math.inf if max_norm is None else max_norm)
+        norm = clip_grad_norm(sharded.parameters(), max_norm=max_norm, shard_group=mesh.get_group())
+        torch.testing.assert_close(norm, expected)
+        both = [torch.empty_like(norm) for _ in range(world_size)]
+        dist.all_gather(both, norm)
+        assert torch.equal(both[0], both[1]), "ranks disagree on the norm"
+        for a, b in zip(sharded.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.full_tensor(), b.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+        for a, b in zip(sharded.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(a.full_tensor(), b)
+    # One rank's NaN reaches the norm of both, and neither scales.
+    if rank == 0:
+        next(sharded.parameters()).grad.to_local()[0, 0] = math.nan
+    before = [p.grad.to_local().clone() for p in sharded.parameters()]
+    assert torch.isnan(clip_grad_norm(sharded.parameters(), max_norm=0.25, shard_group=mesh.get_group()))
+    for parameter, grad in zip(sharded.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.grad.to_local(), grad, rtol=0, atol=0, equal_nan=True)
+    # Shards without their group would give a norm that is too small.
+    with pytest.raises(AssertionError, match="2 shard"):
+        clip_grad_norm(sharded.parameters(), max_norm=None, shard_group=None)
 
 
-def test_clipping_and_stepping_over_fsdp_shards(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_fsdp_rank, args=(2, str(tmp_path / "init")), nprocs=2)
+def test_clipping_and_stepping_over_fsdp_shards(gloo_pool) -> None:
+    gloo_pool.run(_fsdp_rank, 2)

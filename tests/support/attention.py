@@ -76,9 +76,7 @@ def sharded(
     """Return this rank's shards of out, lse, dq, dk, dv."""
     total = problem.q.shape[1]
     attention = ContextParallelAttention(layout, resolve_schedule(schedule), transport, kernel)
-    shards = [
-        layout.shard(x, rank=transport.rank, dim=1) for x in (problem.q, problem.k, problem.v, problem.dout)
-    ]
+    shards = [layout.shard(x, rank=transport.rank, dim=1) for x in (problem.q, problem.k, problem.v, problem.dout)]
     q, k, v = (x.requires_grad_() for x in shards[:3])
     out, lse = attention(q, k, v, plans=attention.plans(masks, total=total))
     grads = torch.autograd.grad(out, (q, k, v), shards[3])

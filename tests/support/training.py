@@ -50,7 +50,7 @@ def losses(run_dir: Path) -> list[float]:
     """Return the training loss of every step, in order, each step once."""
     rows = [row for row in records(run_dir) if "loss" in row]
     steps = [int(row["step"]) for row in rows]
-    assert steps == list(range(steps[0], steps[0] + len(steps))), steps
+    assert steps == list(range(1, len(steps) + 1)), steps
     return [row["loss"] for row in rows]
 
 

@@ -121,11 +121,11 @@ def test_rows_without_keys_stay_zero_and_give_no_gradient(kernel):
 
 
 def test_selection():
-    request = Request(
-        device_type="cpu", dtype=torch.float32, head_dim=16, v_head_dim=24, num_heads=4, num_kv_heads=2
-    )
+    request = Request(device_type="cpu", dtype=torch.float32, head_dim=16, v_head_dim=24, num_heads=4, num_kv_heads=2)
     assert resolve_kernel("auto", request).name == "reference"
-    with pytest.raises(ValueError, match=r"attention.kernel=torch cannot serve this: .* given 16 and 24; set .*=reference"):
+    with pytest.raises(
+        ValueError, match=r"attention.kernel=torch cannot serve this: .* given 16 and 24; set .*=reference"
+    ):
         resolve_kernel("torch", request)
     with pytest.raises(ValueError, match="attention.kernel=flash is not known; known are auto, torch, reference"):
         resolve_kernel("flash", request)
