@@ -31,7 +31,7 @@ def cut_after_five(run_dir: Path, copy: Path) -> Path:
     shutil.rmtree(copy / "checkpoints" / "iter_0000010")
     (copy / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("5")
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (copy / "metrics.jsonl").write_text("".join(lines[:7]) + '{"step": 7, "lo')
+    (copy / "metrics.jsonl").write_text("".join(lines[:7]) + '{"step": 8, "lo')
     return copy
 
 
@@ -103,7 +103,7 @@ def test_a_finished_run_trains_no_further(gloo_pool, undisturbed, corpus, tmp_pa
     again = tmp_path / "again"
     shutil.copytree(undisturbed, again)
     run(gloo_pool, 2, again, corpus)
-    assert losses(again) == losses(undisturbed)
+    assert records(again) == records(undisturbed)
     longer = [*STEPS[1:], "train.steps=12"]
     run(gloo_pool, 2, again, corpus, *longer)
     assert len(losses(again)) == 12

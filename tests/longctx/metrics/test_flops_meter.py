@@ -143,13 +143,13 @@ def test_step_meter_by_literal_values() -> None:
 def test_eta_uses_the_wall_time_between_steps() -> None:
     times = _clock(0.0, 5.0, 10.0)
     eta = Eta(total_steps=10, clock=lambda: next(times))
-    assert eta.update(finished_steps=1, step_seconds=5.0) == pytest.approx(45)
-    assert eta.update(finished_steps=2, step_seconds=1.0) == pytest.approx(40)  # 4 s went on an evaluation
-    assert eta.update(finished_steps=10, step_seconds=1.0) == 0
+    assert eta.update(1, step_seconds=5.0) == pytest.approx(45)
+    assert eta.update(2, step_seconds=1.0) == pytest.approx(40)  # 4 s went on an evaluation
+    assert eta.update(10, step_seconds=1.0) == 0
     times = _clock(0.0, 3.0)
     eta = Eta(total_steps=3, clock=lambda: next(times))
-    assert eta.update(finished_steps=1, step_seconds=None) is None
-    assert eta.update(finished_steps=2, step_seconds=None) == pytest.approx(3)
+    assert eta.update(1, step_seconds=None) is None
+    assert eta.update(2, step_seconds=None) == pytest.approx(3)
 
 
 def test_running_mean_is_exact_from_the_first_value() -> None:

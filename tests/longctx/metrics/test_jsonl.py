@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.metrics.jsonl import JsonlWriter, decode, drop_from, encode, read_records
+from longctx.metrics.jsonl import JsonlWriter, decode, drop_after, encode, read_records
 
 
 def _writer(path: Path, *, start_step: int = 0) -> JsonlWriter:
@@ -27,8 +27,8 @@ def _steps(path: Path) -> list[int]:
 def test_line_is_in_the_file_before_close(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = _writer(path)
-    writer.write({"step": 0, "loss": 1.5})
-    assert path.read_bytes() == b'{"step": 0, "loss": 1.5}\n'
+    writer.write({"step": 1, "loss": 1.5})
+    assert path.read_bytes() == b'{"step": 1, "loss": 1.5}\n'
     writer.close()
     writer.close()
 
@@ -47,45 +47,56 @@ def test_numbers_that_json_lacks_come_back(tmp_path: Path) -> None:
 def test_resume_drops_what_will_be_written_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = _writer(path)
-    for step in range(6):
+    for step in range(1, 7):
         writer.write({"step": step, "loss": float(step)})
-    writer.write({"step": 3, "held_out_loss": 9.0})
+        if step % 4 == 0:
+            writer.write({"step": step, "held_out_loss": 9.0})
     writer.close()
 
     writer = _writer(path, start_step=4)
     assert writer.dropped == 2
-    for step in range(4, 8):
+    for step in range(5, 9):
         writer.write({"step": step, "loss": 10.0 + step})
     writer.close()
     losses = {record["step"]: record["loss"] for record in read_records(path) if "loss" in record}
-    assert losses == {0: 0, 1: 1, 2: 2, 3: 3, 4: 14, 5: 15, 6: 16, 7: 17}
-    assert _steps(path) == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+    assert losses == {1: 1, 2: 2, 3: 3, 4: 4, 5: 15, 6: 16, 7: 17, 8: 18}
+    assert _steps(path) == [1, 2, 3, 4, 4, 5, 6, 7, 8]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_fresh_run_drops_all_and_nothing_to_drop_leaves_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(encode({"step": 0}) + encode({"step": 1}))
+    path.write_bytes(encode({"step": 1}) + encode({"step": 2}))
     inode = path.stat().st_ino
-    assert drop_from(path, start_step=2) == 0
+    assert drop_after(path, step=2) == 0
     assert path.stat().st_ino == inode
-    assert drop_from(path, start_step=0) == 2
+    assert drop_after(path, step=0) == 2
     assert path.read_bytes() == b""
-    assert drop_from(tmp_path / "absent", start_step=0) == 0
+    assert drop_after(tmp_path / "absent", step=0) == 0
 
 
 @pytest.mark.parametrize(
-    "tail", [b'{"step": 2, "lo', b'{"step": 2}', b"\0\0\0\0\n", b"\xff\xfe\n", b"[1]\n", b'{"step": true}\n', b"\n"]
+    "tail",
+    [
+        b'{"step": 2, "lo',
+        b'{"step": 2}',
+        b"\0\0\0\0\n",
+        b"\xff\xfe\n",
+        b"[1]\n",
+        b'{"step": true}\n',
+        b'{"step": 0}\n',
+        b"\n",
+    ],
 )
 def test_torn_line_is_passed_over_and_dropped(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(encode({"step": 0}) + encode({"step": 1}) + tail)
-    assert _steps(path) == [0, 1]
+    path.write_bytes(encode({"step": 1}) + encode({"step": 2}) + tail)
+    assert _steps(path) == [1, 2]
     writer = _writer(path, start_step=2)
     assert writer.dropped == 1
-    writer.write({"step": 2})
+    writer.write({"step": 3})
     writer.close()
-    assert path.read_bytes() == encode({"step": 0}) + encode({"step": 1}) + encode({"step": 2})
+    assert path.read_bytes() == encode({"step": 1}) + encode({"step": 2}) + encode({"step": 3})
 
 
 def test_kill_loses_no_written_line(tmp_path: Path) -> None:
@@ -94,7 +105,7 @@ def test_kill_loses_no_written_line(tmp_path: Path) -> None:
         "import sys, pathlib\n"
         "from longctx.metrics.jsonl import JsonlWriter\n"
         "writer = JsonlWriter(pathlib.Path(sys.argv[1]), start_step=0, report=print)\n"
-        "for step in range(50):\n"
+        "for step in range(1, 51):\n"
         "    writer.write({'step': step})\n"
         "print('written', flush=True)\n"
         "sys.stdin.read()\n"
@@ -107,7 +118,7 @@ def test_kill_loses_no_written_line(tmp_path: Path) -> None:
     assert process.stdout.readline() == b"written\n"
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert _steps(path) == list(range(50))
+    assert _steps(path) == list(range(1, 51))
 
 
 class _FullDisk:
@@ -132,16 +143,16 @@ def test_full_disk_is_reported_once_and_later_lines_are_whole(tmp_path: Path) ->
     path = tmp_path / "metrics.jsonl"
     reports: list[str] = []
     writer = JsonlWriter(path, start_step=0, report=reports.append)
-    disk = _FullDisk(path, room=len(encode({"step": 0})) + 5)
+    disk = _FullDisk(path, room=len(encode({"step": 1})) + 5)
     writer._file.close()
     writer._file = disk
-    for step in range(3):
+    for step in range(1, 4):
         writer.write({"step": step})
     assert len(reports) == 1
     assert "No space left on device" in reports[0]
     disk.room = 1000  # somebody made room
-    for step in range(3, 5):
+    for step in range(4, 6):
         writer.write({"step": step})
     writer.close()
-    assert _steps(path) == [0, 3, 4]
+    assert _steps(path) == [1, 4, 5]
     assert len(reports) == 1

@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 
 from longctx.metrics import LoggerConfig, MetricsLogger, WandbConfig
 from longctx.metrics.jsonl import read_records
-from longctx.metrics.plot import draw, main, smooth, try_draw
 from longctx.metrics.sink import GuardedSink
 from longctx.metrics.wandb import WandbSink
 
@@ -37,31 +36,35 @@ def _logger(run_dir: Path, *, rank: int = 0, start_step: int = 0, state: Any = N
 
 
 def _metrics(step: int) -> dict[str, float]:
-    return {"loss": 5.0 - step, "lr": 0.1, "tokens_per_second": 1000.0, "step_seconds": 2.0}
+    return {"loss": 6.0 - step, "lr": 0.1, "tokens_per_second": 1000.0, "step_seconds": 2.0}
 
 
 def test_run_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     with _logger(run_dir, log_every=2) as logger:
-        for step in range(4):
+        for step in range(1, 5):
             logger.log(step, _metrics(step))
-        logger.evaluation(3, {"held_out_loss": 2.25})
+            if step == 3:
+                logger.evaluation(step, {"held_out_loss": 2.25})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  eta")[0] for line in lines] == [
         "step 1/6  loss 5.000  1.0k tok/s",
         "step 2/6  loss 4.000  1.0k tok/s",
+        "step 3/6  held-out loss 2.25",
         "step 4/6  loss 2.000  1.0k tok/s",
-        "step 4/6  held-out loss 2.25",
     ]
     assert (run_dir / "loss.png").read_bytes().startswith(PNG)
 
     with _logger(run_dir, log_every=2, start_step=3) as logger:
-        for step in range(3, 6):
+        for step in range(4, 7):
             logger.log(step, _metrics(step))
-    assert "dropped 2 line(s) of step 3 and later" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "metrics.jsonl: dropped 1 line(s) of steps after 3, or cut off, which are written again"
+    assert [line.split("  loss")[0] for line in lines[1:]] == ["step 4/6", "step 6/6"]
     records = list(read_records(run_dir / "metrics.jsonl"))
-    assert [record["step"] for record in records] == [0, 1, 2, 3, 4, 5]
-    assert records[5] == {"step": 5, **_metrics(5)}
+    assert [record["step"] for record in records] == [1, 2, 3, 3, 4, 5, 6]
+    assert records[3] == {"step": 3, "held_out_loss": 2.25}
+    assert records[6] == {"step": 6, **_metrics(6)}
     assert sorted(p.name for p in run_dir.iterdir()) == ["loss.png", "metrics.jsonl"]
 
 
@@ -69,8 +72,8 @@ def test_other_ranks_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     run_dir = tmp_path / "run"
     wandb = WandbConfig(mode="online")
     with _logger(run_dir, rank=1, wandb=wandb, tensorboard=True, state={"wandb_run_id": "abc"}) as logger:
-        logger.log(0, _metrics(0))
-        logger.evaluation(0, {"held_out_loss": 1.0})
+        logger.log(1, _metrics(1))
+        logger.evaluation(1, {"held_out_loss": 1.0})
         logger.message("hello")
         assert logger.state() == {"wandb_run_id": "abc"}
     assert not run_dir.exists()
@@ -79,18 +82,41 @@ def test_other_ranks_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_step_out_of_range_is_our_mistake(tmp_path: Path) -> None:
     with _logger(tmp_path, start_step=2) as logger:
-        for step in (1, 6):
-            with pytest.raises(AssertionError, match="step"):
+        for step in (2, 7):
+            with pytest.raises(AssertionError, match=f"2 < {step} <= 6"):
                 logger.log(step, _metrics(step))
 
 
 def test_close_twice_and_log_after_close_are_harmless(tmp_path: Path) -> None:
     logger = _logger(tmp_path)
-    logger.log(0, _metrics(0))
-    logger.close()
-    logger.close()
     logger.log(1, _metrics(1))
+    logger.close()
+    logger.close()
+    logger.log(2, _metrics(2))
     assert len(list(read_records(tmp_path / "metrics.jsonl"))) == 1
+
+
+def test_long_run_draws_after_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longctx.metrics.plot.DRAW_SECONDS", 0.0)  # a minute has gone by
+    with _logger(tmp_path) as logger:
+        logger.log(1, _metrics(1))
+        assert not (tmp_path / "loss.png").exists()
+        logger.evaluation(1, {"held_out_loss": 2.0})
+        assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+
+
+def test_second_interrupt_leaves_the_drawing_but_closes_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longctx.metrics.plot.draw", interrupted)
+    fake = _fake_wandb(monkeypatch)
+    with pytest.raises(KeyboardInterrupt), _logger(tmp_path, wandb=WandbConfig(mode="offline")) as logger:
+        logger.log(1, _metrics(1))
+    assert fake.run.finished
+    logger.close()
 
 
 def test_run_directory_that_is_a_file(tmp_path: Path) -> None:
@@ -147,12 +173,13 @@ def test_missing_package_is_named(
 class _FakeRun:
     def __init__(self) -> None:
         self.points: list[tuple[int, dict[str, float]]] = []
+        self.finished = False
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         self.points.append((step, metrics))
 
     def finish(self) -> None:
-        pass
+        self.finished = True
 
 
 class _FakeWandb:
@@ -199,11 +226,11 @@ def test_wandb_keeps_its_id_over_a_resume(tmp_path: Path, monkeypatch: pytest.Mo
     fake = _fake_wandb(monkeypatch)
     config = WandbConfig(mode="online", project="p", entity="e", tags=["t"])
     with _logger(tmp_path / "my_run", wandb=config, log_every=2) as logger:
-        for step in range(3):
+        for step in range(1, 4):
             logger.log(step, {"loss": 1.0})
-        logger.evaluation(2, {"held_out_loss": 2.0})
+        logger.evaluation(3, {"held_out_loss": 2.0})
         state = logger.state()
-    assert fake.run.points == [(0, {"loss": 1.0}), (1, {"loss": 1.0}), (2, {"held_out_loss": 2.0})]
+    assert fake.run.points == [(1, {"loss": 1.0}), (2, {"loss": 1.0}), (3, {"held_out_loss": 2.0})]
     with _logger(tmp_path / "my_run", wandb=config, start_step=3, state=state):
         pass
     first, second = fake.inits
@@ -233,9 +260,9 @@ def test_wandb_without_network_refuses_a_new_run_but_not_a_resumed_one(
     ):
         _logger(tmp_path, wandb=WandbConfig(mode="online"))
     with _logger(tmp_path, wandb=WandbConfig(mode="online"), state={"wandb_run_id": "abc"}) as logger:
-        logger.log(0, {"loss": 1.0})
+        logger.log(1, {"loss": 1.0})
     assert [(init["mode"], init["id"]) for init in fake.inits[1:]] == [("online", "abc"), ("offline", "abc")]
-    assert fake.run.points == [(0, {"loss": 1.0})]
+    assert fake.run.points == [(1, {"loss": 1.0})]
     assert "goes on with logger.wandb.mode=offline under the same id abc" in capsys.readouterr().out
 
 
@@ -250,7 +277,7 @@ def test_real_wandb_offline_writes_below_the_run_directory(tmp_path: Path, monke
         resolved_config={},
         report=print,
     )
-    sink.log(0, {"loss": 1.0})
+    sink.log(1, {"loss": 1.0})
     sink.close()
     assert len(list(tmp_path.glob("wandb/offline-run-*-abc123de/run-abc123de.wandb"))) == 1
 
@@ -260,13 +287,13 @@ def test_real_tensorboard_writes_events(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with _logger(tmp_path, tensorboard=True) as logger:
-        for step in range(3):
+        for step in range(1, 4):
             logger.log(step, {"loss": 3.0 - step})
     with _logger(tmp_path, tensorboard=True, start_step=1) as logger:
-        logger.log(1, {"loss": 7.0})
+        logger.log(2, {"loss": 7.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 3.0), (1, 7.0)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (2, 7.0)]
 
 
 def test_yaml_holds_every_key_and_is_valid() -> None:
@@ -296,39 +323,3 @@ def test_yaml_holds_every_key_and_is_valid() -> None:
 def test_bad_settings_are_refused_with_their_key(config: LoggerConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config.validate()
-
-
-def test_plot_takes_gaps_and_leaves_no_temporary_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text(
-        '{"step": 0, "loss": "NaN", "lr": 0.0}\n{"step": 1, "loss": 2.0}\n{"step": 1, "held_out_loss": 2}\n'
-    )
-    (tmp_path / "loss.png").write_bytes(b"old")
-    assert main([str(tmp_path)]) == 0
-    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
-    assert main([]) == 2
-    assert main([str(tmp_path / "absent")]) == 1
-    assert "FileNotFoundError" in capsys.readouterr().err
-
-
-def test_plot_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("")
-    with pytest.raises(ValueError, match="holds no loss yet"):
-        draw(metrics, tmp_path / "loss.png", title="x")
-    metrics.write_text('{"step": 0, "loss": 1.0}\n')
-    problem = try_draw(metrics, tmp_path / "no" / "loss.png", title="x")
-    assert problem is not None
-    assert "loss.png could not be drawn" in problem
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    problem = try_draw(metrics, tmp_path / "loss.png", title="x")
-    assert problem is not None
-    assert "matplotlib" in problem
-
-
-def test_moving_mean_does_not_lag() -> None:
-    falling = [float(value) for value in range(100, 0, -1)]
-    assert smooth(falling) == pytest.approx(falling)
-    assert smooth([0.0, 3.0, 0.0, 3.0, 0.0]) == pytest.approx([0.0, 1.0, 1.2, 1.0, 0.0])
-    assert smooth([]) == []

@@ -15,8 +15,8 @@ class _Terminal(io.StringIO):
         return True
 
 
-def _status(finished_steps: int) -> Status:
-    return Status(finished_steps=finished_steps, loss=3.2104, tokens_per_second=1234.0, eta_seconds=80.2)
+def _status(step: int) -> Status:
+    return Status(step=step, loss=3.2104, tokens_per_second=1234.0, eta_seconds=80.2)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_human_seconds(seconds: float, text: str) -> None:
 
 def test_lines_are_printed_when_due() -> None:
     out = io.StringIO()
-    progress = make_progress("auto", total_steps=60, finished_steps=0, stream=out, bar_stream=io.StringIO())
+    progress = make_progress("auto", total_steps=60, start_step=0, stream=out, bar_stream=io.StringIO())
     progress.update(_status(12), due=True)
     progress.update(_status(13), due=False)
     progress.message("checkpoint written")
@@ -67,15 +67,15 @@ def test_lines_are_printed_when_due() -> None:
 
 def test_unknown_numbers_are_left_out() -> None:
     out = io.StringIO()
-    progress = make_progress("lines", total_steps=6, finished_steps=0, stream=out)
-    progress.update(Status(finished_steps=1, loss=math.nan, tokens_per_second=None, eta_seconds=None), due=True)
+    progress = make_progress("lines", total_steps=6, start_step=0, stream=out)
+    progress.update(Status(step=1, loss=math.nan, tokens_per_second=None, eta_seconds=None), due=True)
     assert out.getvalue() == "step 1/6  loss nan\n"
 
 
 def test_bar_shows_every_step_and_messages_go_to_the_output() -> None:
     pytest.importorskip("tqdm")
     out, terminal = io.StringIO(), _Terminal()
-    progress = make_progress("auto", total_steps=60, finished_steps=11, stream=out, bar_stream=terminal)
+    progress = make_progress("auto", total_steps=60, start_step=11, stream=out, bar_stream=terminal)
     assert isinstance(progress, BarProgress)
     progress.update(_status(12), due=True)
     progress.message("checkpoint written")
@@ -90,7 +90,7 @@ def test_bar_shows_every_step_and_messages_go_to_the_output() -> None:
 
 def test_off_still_prints_messages() -> None:
     out, terminal = io.StringIO(), _Terminal()
-    progress = make_progress("off", total_steps=6, finished_steps=0, stream=out, bar_stream=terminal)
+    progress = make_progress("off", total_steps=6, start_step=0, stream=out, bar_stream=terminal)
     progress.update(_status(1), due=True)
     progress.message("hello")
     progress.close()
@@ -100,12 +100,12 @@ def test_off_still_prints_messages() -> None:
 def test_without_tqdm_auto_prints_lines_and_bar_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    progress = make_progress("auto", total_steps=6, finished_steps=0, stream=io.StringIO(), bar_stream=_Terminal())
+    progress = make_progress("auto", total_steps=6, start_step=0, stream=io.StringIO(), bar_stream=_Terminal())
     assert type(progress) is LineProgress
     with pytest.raises(ValueError, match=r"logger\.progress=bar needs the package tqdm"):
-        make_progress("bar", total_steps=6, finished_steps=0)
+        make_progress("bar", total_steps=6, start_step=0)
 
 
 def test_unknown_kind_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"logger\.progress=fancy is unknown: take one of auto, bar, lines, off"):
-        make_progress("fancy", total_steps=6, finished_steps=0)
+        make_progress("fancy", total_steps=6, start_step=0)
