@@ -5,6 +5,6 @@ as in the names of checkpoints: the line of step 60 tells of the weights in iter
 """
 
 from longctx.metrics.config import LoggerConfig, WandbConfig
-from longctx.metrics.logger import MetricsLogger
 
-__all__ = ["LoggerConfig", "MetricsLogger", "WandbConfig"]
+# Only the settings: importing the logger here would load the module that `python -m longctx.metrics.plot` runs.
+__all__ = ["LoggerConfig", "WandbConfig"]

@@ -147,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
         print("usage: python -m longctx.metrics.plot RUN_DIRECTORY", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     run_dir = Path(argv[0]).resolve()
-    problem = try_draw(run_dir / "metrics.jsonl", run_dir / "loss.png", title=run_dir.name)
+    problem = try_draw(run_dir / "metrics.jsonl", run_dir / "loss.png", title=f"{run_dir.name}: loss")
     print(problem or run_dir / "loss.png", file=sys.stderr if problem else sys.stdout)
     return 1 if problem else 0
 

@@ -1,5 +1,6 @@
 """loss.png: what is drawn, how often, and what stops a drawing but never the run."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def test_plot_takes_gaps_and_leaves_no_temporary_file(tmp_path: Path, capsys: py
     assert main([]) == 2
     assert main([str(tmp_path / "absent")]) == 1
     assert "FileNotFoundError" in capsys.readouterr().err
+
+
+def test_command_draws_a_killed_run_and_says_only_where(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    command = [sys.executable, "-m", "longctx.metrics.plot", str(tmp_path)]
+    root = Path(__file__).resolve().parents[3]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert (result.stdout, result.stderr) == (f"{tmp_path / 'loss.png'}\n", "")
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
 def test_plot_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from longctx.metrics import LoggerConfig, MetricsLogger, WandbConfig
+from longctx.metrics import LoggerConfig, WandbConfig
 from longctx.metrics.jsonl import read_records
+from longctx.metrics.logger import MetricsLogger
 from longctx.metrics.sink import GuardedSink
 from longctx.metrics.wandb import WandbSink
 
