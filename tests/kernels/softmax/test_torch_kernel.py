@@ -7,7 +7,9 @@ from longctx.kernels.contract import Request
 from longctx.kernels.mask import causal, documents, full, sliding_window
 from longctx.kernels.merge import empty_partial
 from longctx.kernels.positions import Segment
+from longctx.kernels.softmax.aten import CudaFlash
 from longctx.kernels.softmax.op import resolve_kernel
+from longctx.kernels.softmax.pieces import Rectangle
 from longctx.kernels.softmax.reference import dense_attention
 from longctx.kernels.tiles import tiles_between
 from tests.support.tolerance import assert_within_budget
@@ -144,3 +146,17 @@ def test_cuda_is_within_twice_what_torch_loses(mask, heads, kv_heads, dtype):
     truth, plain = dense(*wide, mask), dense(*args, mask)
     for index, (ours, same, ref) in enumerate(zip(got, plain, truth, strict=True)):
         assert_within_budget(ours, same, ref, factor=2.0 if index < 2 else 3.0)
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "band"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_cuda_calls_fit_this_torchs_signatures(dtype, kind):
+    """Without a GPU: the calls are traced on the meta device, which checks arguments, shapes and dtypes."""
+    q = torch.empty(2, 64, 4, 32, dtype=dtype, device="meta")
+    k, v = (torch.empty(2, 64, 2, 32, dtype=dtype, device="meta") for _ in range(2))
+    shape, primitive = Rectangle(kind, 0, 64, 0, 64, -8, 0), CudaFlash()
+    out, lse = primitive.forward(q, k, v, shape=shape, scale=0.5)
+    assert out.shape == q.shape and out.dtype == dtype
+    assert lse.shape == (2, 4, 64) and lse.dtype == torch.float32
+    grads = primitive.backward(q, k, v, shape=shape, scale=0.5, dout=torch.empty_like(q), out=out, lse=lse)
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
