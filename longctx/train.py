@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if launch.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # The launcher ends every rank as soon as one has ended: let it be the one that says why.
+            time.sleep(10)
         return 2
     return 0
 
