@@ -177,8 +177,8 @@ def check_kills(kills: list[Kill]) -> None:
     assert {kill.rank for kill in kills} == {0, 1}, summary
     assert 3 * sum(kill.torn for kill in kills) >= len(kills), summary
     # Not all in a save, and not all at the same step of a launch or of the run.
-    assert sum(not kill.saving for kill in kills) >= 3 and len({kill.made for kill in kills}) >= 4, summary
-    assert len({kill.finished for kill in kills}) >= 8, summary
+    assert sum(not kill.saving for kill in kills) >= 2 and len({kill.made for kill in kills}) >= 4, summary
+    assert len({kill.finished for kill in kills}) >= 6, summary
     for kill in kills:
         assert kill.resumed == kill.finished or (kill.moment == "start" and kill.resumed == 0), f"{kill} of\n{summary}"
         assert kill.made > 0 or kill.moment == "start", f"{kill} of\n{summary}"
