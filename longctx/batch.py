@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,19 +9,9 @@ from torch import Tensor
 
 from longctx.attention import AttentionConfig, ContextParallelAttention
 from longctx.data.batches import sample_indices
+from longctx.data.stream import PackedStream, Sample
 from longctx.loss import IGNORED
 from longctx.parallel.plan import Plan, visible_pairs
-
-
-class Sample(Protocol):
-    """One packed sequence: int64 `tokens [T]`, `labels [T]` (shifted already), document bounds `cu_seqlens`."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def labels(self) -> np.ndarray: ...
-    @property
-    def cu_seqlens(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -76,12 +65,6 @@ def shard_samples(
     )
 
 
-class Stream(Protocol):
-    """Samples by global index (`longctx.data.stream.PackedStream`)."""
-
-    def sample(self, index: int) -> Sample: ...
-
-
 @dataclass(frozen=True)
 class BatchSource:
     """Every step's micro-batches of one rank. Which samples a step has depends on neither dp, cp nor accumulation."""
@@ -94,7 +77,7 @@ class BatchSource:
     dp_rank: int
     dp_size: int
 
-    def training(self, stream: Stream, step: int) -> list[MicroBatch]:
+    def training(self, stream: PackedStream, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of an optimizer step (counted from 0)."""
         rows = sample_indices(
             step,
@@ -105,7 +88,7 @@ class BatchSource:
         )
         return [self._shard([stream.sample(index) for index in indices]) for indices in rows]
 
-    def evaluation(self, stream: Stream, indices: Sequence[int]) -> list[MicroBatch]:
+    def evaluation(self, stream: PackedStream, indices: Sequence[int]) -> list[MicroBatch]:
         """Return this rank's share of the samples, one per micro-batch, as many micro-batches on every rank.
 
         Ranks that run out get a filler without labels: all must take part in the collectives of every forward.

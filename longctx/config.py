@@ -126,9 +126,11 @@ def _check_overrides(overrides: Sequence[str], schema: DictConfig) -> None:
     keys = _leaf_keys(schema)
     groups = config_groups()
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
             raise ValueError(f"cannot read the argument {override!r}: need key=value, such as data.seq_len=16384")
+        if key in groups and value not in groups[key] and not value.startswith("{"):
+            raise ValueError(f"{override} is not known; known are {', '.join(groups[key])}")
         if key in groups or key in keys or key in _inner_keys(keys):
             continue
         by_leaf = [known for known in keys if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]

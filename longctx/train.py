@@ -40,6 +40,7 @@ from longctx.parallel.mesh import Degrees, build_mesh, init_distributed, read_la
 from longctx.parallel.plan import describe
 from longctx.parallel.registry import resolve_schedule
 from longctx.parallel.transport import ProcessGroupTransport
+from longctx.run_lock import lock_run_directory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(TRAIN_HELP, end="")
         return 0
     launch = read_launch()
+    status = 2
     try:
         config = load_config(arguments)
         degrees = check_world(config, world_size=launch.world_size)
@@ -58,14 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(config, degrees=degrees, device=device, overrides=arguments)
         finally:
             dist.destroy_process_group()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except FloatingPointError as error:
+        problem, status = str(error), 1
     except ValueError as error:
-        if launch.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            # The launcher ends every rank as soon as one has ended: let it be the one that says why.
-            time.sleep(10)
-        return 2
-    return 0
+        problem = str(error)
+    where = ""
+    if launch.rank > 0:
+        # Nearly always rank 0 has the same to say, and the launcher ends every rank as soon as one has ended.
+        time.sleep(10)
+        where = f" on rank {launch.rank}"
+    print(f"error{where}: {problem}", file=sys.stderr, flush=True)
+    return status
 
 
 def check_world(config: Config, *, world_size: int) -> Degrees:
@@ -100,6 +108,9 @@ def train(config: Config, *, degrees: Degrees, device: torch.device, overrides: 
     with ExitStack() as stack:
         run = setup(config, degrees=degrees, device=device, say=say)
         stack.callback(run.checkpointer.close)
+        lock = all_succeed(lambda: lock_run_directory(run_dir) if rank == 0 else None)
+        if lock is not None:
+            stack.enter_context(lock)
         reseed(seed=config.train.seed, step=0, rank=rank)
         step, saved = resume(run)
         from_rank_zero(lambda: save_config(run_dir, config))
@@ -184,6 +195,9 @@ def resume(run: Run) -> tuple[int, dict[str, Any]]:
     if path is None:
         return 0, {}
     saved = run.checkpointer.read_extra(path)
+    absent = [key for key in ("step", "samples_seen", "model", "data_order") if key not in saved]
+    if absent:
+        raise ValueError(f"checkpoint {path}: extra.json lacks {', '.join(absent)}; set checkpoint.resume to another")
     compare_models(saved["model"], dataclasses.asdict(run.model))
     compare_models(saved["data_order"], data_order(run), prefix="data order")
     state = run.engine.state_dict()
@@ -224,10 +238,11 @@ def loop(run: Run, *, logger: MetricsLogger, meter: StepMeter, step: int) -> Non
         logger.log(step, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, **measured, **progress})
         run.checkpointer.poll()
         every = config.checkpoint.every
-        if step == total or (every and step % every == 0):
-            save(run, step=step, logger=logger)
+        # Before the checkpoint: a run that continues from it does not evaluate that step again.
         if step == total or (config.train.eval_every and step % config.train.eval_every == 0):
             evaluate(run, step=step, logger=logger)
+        if step == total or (every and step % every == 0):
+            save(run, step=step, logger=logger)
 
 
 def evaluate(run: Run, *, step: int, logger: MetricsLogger) -> None:
@@ -279,7 +294,6 @@ def dtype_of(config: Config) -> torch.dtype:
 def save_config(run_dir: Path, config: Config) -> None:
     """Write the resolved config into the run directory."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         write_synced(run_dir / "config.yaml", config.to_yaml())
     except OSError as error:
         raise ValueError(f"the run directory {run_dir} cannot be written ({error}); set run_dir") from error

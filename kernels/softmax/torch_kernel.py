@@ -1,7 +1,7 @@
 """The `torch` kernel: any tile list through ATen's flash attention, partials merged in float32.
 
-ATen rounds each rectangle's `out` and gradients to the input dtype; the sums over rectangles and hops stay float32. With
-bfloat16 inputs the error does not grow with the number of partials (docs/numerics.md has the measurement).
+ATen rounds each rectangle's `out` and gradients to the input dtype; the sums over rectangles and hops stay float32.
+With bfloat16 inputs the error does not grow with the number of partials (docs/numerics.md has the measurement).
 """
 
 from collections.abc import Sequence

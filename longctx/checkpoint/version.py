@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import longctx
 
 
+@cache
 def code_version() -> str:
     """Return the package's version and, from a git checkout, its commit: "0.1.0+1f2e3d4c5b6a" or "...-dirty".
 

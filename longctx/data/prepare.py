@@ -219,9 +219,7 @@ def _published(folder: Path) -> Iterator[Path]:
             if not folder.is_dir():
                 raise
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write the tokens to data.cache_dir ({folder.parent}): {error.strerror}"
-        ) from error
+        raise ValueError(f"cannot write the tokens to data.cache_dir={folder.parent}: {error.strerror}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     with contextlib.suppress(OSError):  # not every file system can sync a folder

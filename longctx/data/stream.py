@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from longctx.data.indexed import TokenStore
+from longctx.loss import IGNORED
 
-IGNORE = -100
 _PAD = 0  # any id of the vocabulary; padding has no labels and is a document of its own
 _SPLITS = ("train", "held_out")
 _CACHED_EPOCHS = 2  # a sample touches at most two
@@ -124,9 +124,9 @@ class PackedStream:
         labels = window[1:].copy()
         ends = np.array(bounds, dtype=np.int64)
         # A bound b is the first position of another document, so position b - 1 has nothing of its own to predict.
-        labels[ends[ends <= self._seq_len] - 1] = IGNORE
+        labels[ends[ends <= self._seq_len] - 1] = IGNORED
         if self._split == "held_out":
-            labels[max(0, self._total - index * self._seq_len) :] = IGNORE
+            labels[max(0, self._total - index * self._seq_len) :] = IGNORED
         inside = (bound for bound in bounds if bound < self._seq_len)
         return Sample(tokens=window[:-1].copy(), labels=labels, cu_seqlens=(0, *inside, self._seq_len))
 

@@ -98,7 +98,7 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(IndexedWriter, "close", full)
-        with pytest.raises(OSError, match=r"data\.cache_dir .*No space left on device"):
+        with pytest.raises(ValueError, match=r"data\.cache_dir=.*No space left on device"):
             run(config)
     assert list((tmp_path / "cache").iterdir()) == []
     assert TokenStore(run(config)[0].prefix).num_tokens == 10

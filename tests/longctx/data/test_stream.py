@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from longctx.data.indexed import IndexedWriter, TokenStore
-from longctx.data.stream import IGNORE, PackedStream
+from longctx.data.stream import PackedStream
+from longctx.loss import IGNORED
 
 # Lengths of documents: empty ones, single tokens, and ones longer than several samples.
 LENGTHS = st.lists(st.one_of(st.integers(0, 3), st.integers(1, 60)), min_size=2, max_size=25)
@@ -48,7 +49,7 @@ def check_sample(store: TokenStore, tokens: np.ndarray, labels: np.ndarray, cu_s
         if end < size:
             assert piece[-1] + 1 in ends, "a piece inside the sample ends where its document ends"
     last_of_document = np.isin(tokens + 1, ends)
-    assert np.array_equal(labels, np.where(last_of_document, IGNORE, tokens + 1))
+    assert np.array_equal(labels, np.where(last_of_document, IGNORED, tokens + 1))
 
 
 @settings(max_examples=120, deadline=None, database=None, suppress_health_check=[HealthCheck.filter_too_much])
@@ -89,7 +90,7 @@ def test_every_held_out_token_once(lengths: list[int], seq_len: int, seed: int, 
         last = samples[-1]
         real = seq_len - padding
         if padding:
-            assert np.all(last.labels[real:] == IGNORE)
+            assert np.all(last.labels[real:] == IGNORED)
             assert last.cu_seqlens[-2:] == (real, seq_len), "padding is a document of its own"
             bounds = last.cu_seqlens[:-1]
         else:
@@ -128,11 +129,11 @@ def test_literal_samples(tmp_path: Path) -> None:
     stream = PackedStream(store, seq_len=4, seed=0, held_out=0.0, split="train")
     got = [(s.tokens.tolist(), s.labels.tolist(), s.cu_seqlens) for s in map(stream.sample, range(5))]
     assert got == [
-        ([3, 4, 5, 6], [IGNORE, 5, 6, 7], (0, 1, 4)),
-        ([7, 0, 1, 2], [IGNORE, 1, 2, IGNORE], (0, 1, 4)),
-        ([8, 9, 4, 5], [9, IGNORE, 5, 6], (0, 2, 4)),  # the end of the first epoch and the start of the second
-        ([6, 7, 3, 0], [7, IGNORE, IGNORE, 1], (0, 2, 3, 4)),
-        ([1, 2, 8, 9], [2, IGNORE, 9, IGNORE], (0, 2, 4)),
+        ([3, 4, 5, 6], [IGNORED, 5, 6, 7], (0, 1, 4)),
+        ([7, 0, 1, 2], [IGNORED, 1, 2, IGNORED], (0, 1, 4)),
+        ([8, 9, 4, 5], [9, IGNORED, 5, 6], (0, 2, 4)),  # the end of the first epoch and the start of the second
+        ([6, 7, 3, 0], [7, IGNORED, IGNORED, 1], (0, 2, 3, 4)),
+        ([1, 2, 8, 9], [2, IGNORED, 9, IGNORED], (0, 2, 4)),
     ]
 
 
@@ -142,8 +143,8 @@ def test_held_out_literally(tmp_path: Path) -> None:
     assert (stream.num_documents, stream.num_tokens, stream.samples) == (2, 6, 2)
     got = [(s.tokens.tolist(), s.labels.tolist(), s.cu_seqlens) for s in map(stream.sample, range(2))]
     assert got == [
-        ([4, 5, 6, 7], [5, 6, 7, IGNORE], (0, 4)),
-        ([8, 9, 0, 0], [9, IGNORE, IGNORE, IGNORE], (0, 2, 4)),
+        ([4, 5, 6, 7], [5, 6, 7, IGNORED], (0, 4)),
+        ([8, 9, 0, 0], [9, IGNORED, IGNORED, IGNORED], (0, 2, 4)),
     ]
     with pytest.raises(IndexError, match="no sample 2: the held_out split has 2 samples"):
         stream.sample(2)
@@ -172,7 +173,7 @@ def test_one_sample_longer_than_many_documents(tmp_path: Path) -> None:
     stream = PackedStream(make_store(tmp_path, [1] * 64), seq_len=63, seed=0, held_out=0.0, split="train")
     sample = stream.sample(0)
     assert sample.cu_seqlens == tuple(range(64))
-    assert np.all(sample.labels == IGNORE)
+    assert np.all(sample.labels == IGNORED)
 
 
 def test_several_sequences_make_one_document(tmp_path: Path) -> None:
@@ -242,5 +243,5 @@ def test_samples_beyond_32_bits(tmp_path: Path) -> None:
     for index in (2**31, 2**40, 2**62):
         sample = stream.sample(index)
         follower = stream.sample(index + 1)
-        inside = sample.labels[-1] != IGNORE
+        inside = sample.labels[-1] != IGNORED
         assert not inside or sample.labels[-1] == follower.tokens[0]
