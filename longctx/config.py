@@ -45,7 +45,7 @@ class TrainConfig:
         seed: of the initial weights.
     """
 
-    steps: int = 60
+    steps: int = 100
     global_batch: int = 2
     micro_batch: int = 1
     eval_every: int = 0

@@ -144,7 +144,7 @@ def again(finished, tmp_path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file."""
+    """Return the content of every file but the lock, which names the last process."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
