@@ -87,8 +87,10 @@ pathlib.Path(sysconfig.get_path("purelib"), "longctx-torch.pth").write_text(sys.
     echo "torch==$version" >"$constraints"
   elif ! has_gpu; then
     # By itself and without retries: where the wheel index cannot be reached this costs a second, not minutes.
-    "${pip[@]}" install -qq --no-deps --retries 1 --timeout 20 -c "$constraints" torch \
-      --extra-index-url https://download.pytorch.org/whl/cpu || return
+    # Silent about that index as long as a wheel is found somewhere.
+    local torch=(--no-deps --retries 1 --timeout 20 -c "$constraints" torch)
+    "${pip[@]}" install -qqq "${torch[@]}" --extra-index-url https://download.pytorch.org/whl/cpu ||
+      "${pip[@]}" install -qq "${torch[@]}" || return
   fi
   "${pip[@]}" install -qq -c "$constraints" -e ".[$extras]" && "$venv/bin/python" -c 'import longctx, torch'
 }
