@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 STUB = Path(__file__).with_name("python_stub")
 COREUTILS = ("cat", "cksum", "cp", "cut", "dirname", "mkdir", "rm", "sleep", "tail", "touch")
-CPU_TORCH = "-qq --no-deps --retries 1 --timeout 20 -c {root}/launch/constraints-cpu.txt torch --extra-index-url "
+CPU_TORCH = "-qqq --no-deps --retries 1 --timeout 20 -c {root}/launch/constraints-cpu.txt torch --extra-index-url "
 PINNED = "constraints torch==2.13.0"
 
 
@@ -196,7 +196,8 @@ def test_a_users_own_environment_keeps_its_torch_and_is_never_removed(machine):
 
 def test_a_failed_install_is_said_and_continued(machine):
     (machine.folder / "pip-fails").touch()
-    assert kinds(machine.run(status=1)) == ["venv", "pip", "constraints"]
+    # Once with the index of CPU wheels, once without it and with pip's own words.
+    assert kinds(machine.run(status=1)) == ["venv", "pip", "constraints", "pip", "constraints"]
     assert "no route to host" in machine.stderr
     assert "run this again" in machine.stderr
     (machine.folder / "pip-fails").unlink()
