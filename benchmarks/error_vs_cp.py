@@ -50,7 +50,9 @@ def ring(inputs: list[Tensor], cp: int) -> list[Tensor]:
     layout = Layout("striped", cp)
 
     def rank(transport: LoopbackTransport) -> list[Tensor]:
-        attention = ContextParallelAttention(layout, resolve_schedule("ring"), transport, "torch")
+        attention = ContextParallelAttention(
+            layout=layout, schedule=resolve_schedule("ring"), transport=transport, kernel="torch"
+        )
         shards = [layout.shard(x, rank=transport.rank, dim=1) for x in inputs]
         q, k, v = (x.requires_grad_() for x in shards[:3])
         out, _ = attention(q, k, v, plans=attention.plans([causal()], total=TOKENS))

@@ -103,7 +103,9 @@ def build_columns(
     for name in LAYOUTS:
         layout = Layout(name, options.ranks)  # type: ignore[arg-type]
         transport = ProcessGroupTransport(group)
-        attention = ContextParallelAttention(layout, resolve_schedule("ring"), transport, "torch")
+        attention = ContextParallelAttention(
+            layout=layout, schedule=resolve_schedule("ring"), transport=transport, kernel="torch"
+        )
         shards = tuple(layout.shard(x, rank=transport.rank, dim=1) for x in whole)
         positions = [layout.positions(rank, options.tokens) for rank in range(options.ranks)]
         columns[name] = (positions, lambda attention=attention, shards=shards: RingPass(attention, shards))

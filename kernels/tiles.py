@@ -1,29 +1,29 @@
-"""From two shards' segments and a mask to the list of banded tiles between them. Integers only."""
+"""From two shards, cut at document bounds, and a mask to the list of banded tiles between them. Integers only."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from longctx.kernels.mask import Mask
-from longctx.kernels.positions import Piece, Segment, Tile, cut, make_tile
+from longctx.kernels.positions import Piece, Tile, make_tile
 
 
 def tiles_between(
-    q_segments: Sequence[Segment], k_segments: Sequence[Segment], *, mask: Mask, total: int
+    q_documents: Sequence[Sequence[Piece]], k_documents: Sequence[Sequence[Piece]], *, mask: Mask
 ) -> tuple[Tile, ...]:
-    """Return every tile in which a query of one shard sees a key of another, sorted by `q_begin`.
+    """Return every tile in which a query of one shard sees a key of another.
 
     Costs O(q pieces x log(k pieces)): the k pieces that a q piece sees completely are one tile, since a document's
     pieces are adjacent in a shard.
 
     Args:
-        q_segments: positions of the queries' shard, ascending.
-        k_segments: positions of the keys' shard, ascending, of the same stride.
+        q_documents: the queries' shard, cut at the mask's document bounds (`positions.cut`).
+        k_documents: the keys' shard, likewise, of the same stride.
         mask: who may see whom, in global positions.
-        total: tokens of the whole sequence.
     """
-    bounds = mask.bounds(total)
     tiles: list[Tile] = []
-    for q_pieces, k_pieces in zip(cut(q_segments, bounds), cut(k_segments, bounds), strict=True):
+    for q_pieces, k_pieces in zip(q_documents, k_documents, strict=True):
+        if not q_pieces or not k_pieces:
+            continue
         starts = [piece.segment.start for piece in k_pieces]
         lasts = [piece.segment.last for piece in k_pieces]
         for q in q_pieces:

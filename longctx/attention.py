@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longctx.kernels.contract import LocalKernel, Request
-from longctx.kernels.mask import Mask
+from longctx.kernels.mask import Mask, causal, documents
 from longctx.kernels.merge import Partial, accumulator_dtype, empty_partial
 from longctx.kernels.softmax.op import KERNELS, resolve_kernel
 from longctx.parallel.layout import Layout
@@ -31,7 +31,6 @@ class AttentionConfig:
         layout: `contiguous`, `zigzag` or `striped`: which positions a rank owns.
         width: tokens per stripe; `striped` only.
         schedule: `ring` or `local`: whose K/V arrives when.
-        causal: hide the future.
         documents: hide other documents of a packed sequence.
         kernel: `auto`, `torch` or `reference`: who computes a tile.
     """
@@ -39,33 +38,31 @@ class AttentionConfig:
     layout: str = "striped"
     width: int = 1
     schedule: str = "ring"
-    causal: bool = True
     documents: bool = True
     kernel: str = "auto"
 
     def validate(self) -> None:
         """Refuse unknown names and impossible products."""
-        Layout(self.layout, 1, self.width)  # type: ignore[arg-type]
-        resolve_schedule(self.schedule)
-        if self.schedule == "local" and self.layout != "contiguous":
+        self.make_layout(cp=1)
+        schedule = resolve_schedule(self.schedule)
+        if not schedule.distributed and self.layout != "contiguous":
             raise ValueError(
-                f"attention.schedule=local keeps a sequence on one rank in its order, so attention.layout must be "
-                f"contiguous; given {self.layout}. Use attention.schedule=ring for layout {self.layout}"
+                f"attention.schedule={self.schedule} keeps a sequence on one rank in its order, so attention.layout "
+                f"must be contiguous; given {self.layout}. Use attention.schedule=ring for layout {self.layout}"
             )
         if self.kernel not in KERNELS:
             raise ValueError(f"attention.kernel={self.kernel} is not known; known are {', '.join(KERNELS)}")
-        if not self.causal:
-            raise ValueError(
-                "attention.causal=false would let a language model see the tokens that it predicts; training needs "
-                "attention.causal=true (bidirectional masks are there for the library: longctx.kernels.mask.full)"
-            )
+
+    def make_layout(self, cp: int) -> Layout:
+        """Return the token layout over `cp` ranks."""
+        return Layout(self.layout, cp, self.width)  # type: ignore[arg-type]
 
     def mask(self, cu_seqlens: Sequence[int]) -> Mask:
-        """Return the mask of one packed sequence with these document bounds."""
-        return Mask(right=0 if self.causal else None, cu_seqlens=tuple(cu_seqlens) if self.documents else None)
+        """Return the causal mask of one packed sequence with these document bounds."""
+        return causal() & documents(tuple(cu_seqlens)) if self.documents else causal()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ContextParallelAttention:
     """Attention over a context-parallel group: one object per (layout, schedule, group), used by every layer."""
 
@@ -112,6 +109,12 @@ class ContextParallelAttention:
             raise ValueError(f"q, k, v must have one dtype; given {q.dtype}, {k.dtype}, {v.dtype}")
         if len(plans) not in (1, q.shape[0]):
             raise ValueError(f"need one plan or one per row; given {len(plans)} for a batch of {q.shape[0]}")
+        tokens, ours = {plan.tokens for plan in plans}, q.shape[:2]
+        if tokens != {ours[1]} or k.shape[:2] != ours or v.shape[:2] != ours or k.shape[2] != v.shape[2]:
+            raise ValueError(
+                f"q, k, v must be [B, T, H, D], [B, T, HK, D], [B, T, HK, Dv] with T = {sorted(tokens)} tokens, as "
+                f"planned; given {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            )
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         call = _Call(self.schedule, self.transport, resolve_kernel(self.kernel, request), tuple(plans), scale)
         return _Attention.apply(q, k, v, call)

@@ -3,11 +3,12 @@
 import fcntl
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 
-def lock_run_directory(run_dir: Path) -> IO[str]:
+def lock_run_directory(run_dir: Path, *, report: Callable[[str], None]) -> IO[str]:
     """Lock `run_dir` for this process and return the lock's file; the lock ends when it is closed or the process ends.
 
     Raises:
@@ -28,8 +29,9 @@ def lock_run_directory(run_dir: Path) -> IO[str]:
         raise ValueError(
             f"the run directory {run_dir} is in use by {holder}: wait for it, stop it, or set another run_dir"
         ) from None
-    except OSError:
-        return file  # a file system without locks: as safe as it can be there
+    except OSError as error:
+        report(f"note: {run_dir} cannot be locked ({error}): make sure that no other run uses it")
+        return file
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -16,7 +16,7 @@ class ParallelConfig:
 
     Attributes:
         dp_replicate: data-parallel replicas of the (sharded) parameters; null = the rest of the world.
-        dp_shard: data-parallel ranks that also share the parameters (needs engine.params=shard).
+        dp_shard: data-parallel ranks that also share the parameters (needs engine.parameters=shard).
         cp: context-parallel ranks: how many ranks share one sequence; null = all that is left if the attention schedule
             is distributed, 1 if it is local.
     """

@@ -1,7 +1,7 @@
 """The plan: for each rank and hop, the tiles to compute. Pure integers, printable, testable without processes.
 
-The trainer, the kernels and the tests all read this object: work, balance and hops that compute nothing are sums over
-it.
+Kernels get its tiles; the trainer and the tests read its sums: work, balance, hops that compute nothing. Hop 0 is the
+own shard, for which nothing is exchanged.
 """
 
 from collections.abc import Sequence
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from longctx.kernels.mask import Mask
-from longctx.kernels.positions import Tile, total_pairs
+from longctx.kernels.positions import Tile, cut, total_pairs
 from longctx.kernels.tiles import tiles_between
 from longctx.parallel.layout import Layout
 from longctx.parallel.schedule import Schedule
+
+BALANCE_LIMIT = 200_000  # hops x documents of all ranks that `describe` goes through
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class Hop:
 
 @dataclass(frozen=True)
 class Plan:
-    """All hops of one rank."""
+    """All hops of one rank, which owns `tokens` tokens of the sequence."""
 
     rank: int
+    tokens: int
     hops: tuple[Hop, ...]
 
     def tiles_of(self, source: int) -> tuple[Tile, ...]:
@@ -41,16 +44,23 @@ class Plan:
                 return hop.tiles
         raise AssertionError(f"rank {self.rank} never holds the shard of rank {source}")
 
+    @property
+    def num_tiles(self) -> int:
+        """Return the number of tiles of all hops: kernel calls per layer, for kernels that make one per tile."""
+        return sum(len(hop.tiles) for hop in self.hops)
 
-@lru_cache(maxsize=64)
+
+# Few: with packed documents every sequence has a mask, and so a plan, of its own. Layers share the object.
+@lru_cache(maxsize=8)
 def plan(layout: Layout, mask: Mask, schedule: Schedule, *, rank: int, total: int) -> Plan:
     """Return what `rank` computes at each hop, for a sequence of `total` tokens."""
-    queries = layout.segments(rank, total)
+    bounds = mask.bounds(total)
+    queries = cut(layout.segments(rank, total), bounds)
     hops = []
     for source in schedule.sources(rank, layout.cp):
-        keys = layout.segments(source, total)
-        hops.append(Hop(source, tiles_between(queries, keys, mask=mask, total=total)))
-    return Plan(rank, tuple(hops))
+        keys = queries if source == rank else cut(layout.segments(source, total), bounds)
+        hops.append(Hop(source, tiles_between(queries, keys, mask=mask)))
+    return Plan(rank, total // layout.cp, tuple(hops))
 
 
 @dataclass(frozen=True)
@@ -84,26 +94,36 @@ class Balance:
 
 
 def balance(layout: Layout, mask: Mask, schedule: Schedule, *, total: int) -> Balance:
-    """Count every rank's work per hop."""
-    plans = [plan(layout, mask, schedule, rank=rank, total=total) for rank in range(layout.cp)]
+    """Count every rank's work per hop. Costs cp plans."""
+    plans = (plan.__wrapped__(layout, mask, schedule, rank=rank, total=total) for rank in range(layout.cp))
     return Balance(tuple(tuple(hop.pairs for hop in one.hops) for one in plans))
 
 
 def describe(layout: Layout, mask: Mask, schedule: Schedule, *, total: int) -> str:
-    """Return the plan of a sequence in one line."""
-    work = balance(layout, mask, schedule, total=total)
+    """Return the plan of a sequence in one line.
+
+    Counting all ranks' work costs about 10 microseconds x cp^2 x documents; where that is more than a few seconds,
+    rank 0's work alone is told.
+    """
     documents = 1 if mask.cu_seqlens is None else len(mask.cu_seqlens) - 1
+    first = plan(layout, mask, schedule, rank=0, total=total)
+    what = (
+        f"{layout.describe()} x {schedule.name}, cp={layout.cp}, {total:,} tokens, {documents} document(s), "
+        f"{first.num_tiles:,} tile(s) per layer on rank 0: "
+    )
+    if layout.cp**2 * documents > BALANCE_LIMIT:
+        return f"{what}{sum(hop.pairs for hop in first.hops):,} visible pairs on rank 0, other ranks not counted"
+    work = balance(layout, mask, schedule, total=total)
     return (
-        f"{layout.describe()} x {schedule.name}, cp={layout.cp}, {total:,} tokens, {documents} document(s): "
-        f"{work.total:,} visible pairs, balance {work.efficiency:.1%} of ideal, "
+        f"{what}{work.total:,} visible pairs, balance {work.efficiency:.1%} of ideal, "
         f"busiest rank {work.imbalance:.2f}x the mean, {work.idle_hops:.0%} of hops idle"
     )
 
 
 def visible_pairs(mask: Mask, *, total: int) -> int:
     """Return the visible pairs of a whole sequence under a mask, without any layout."""
-    whole = Layout("contiguous", 1).segments(0, total)
-    return total_pairs(tiles_between(whole, whole, mask=mask, total=total))
+    whole = cut(Layout("contiguous", 1).segments(0, total), mask.bounds(total))
+    return total_pairs(tiles_between(whole, whole, mask=mask))
 
 
 def plans_for(layout: Layout, masks: Sequence[Mask], schedule: Schedule, *, rank: int, total: int) -> tuple[Plan, ...]:

@@ -17,6 +17,11 @@ class Schedule(Hashable, Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def distributed(self) -> bool:
+        """Tell whether it can share a sequence between ranks."""
+        ...
+
     def sources(self, rank: int, size: int) -> tuple[int, ...]:
         """Return whose K/V shard is at `rank` at each hop."""
         ...

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.contract import Request
-from longctx.kernels.softmax.pieces import Rectangle
+from longctx.kernels.softmax.rectangles import Rectangle
 
 aten = torch.ops.aten
 
@@ -112,7 +112,7 @@ class CudaFlash:
     """ATen's CUDA kernels: flash attention for 16-bit full and causal rectangles, memory-efficient for the others.
 
     Flash attention aligns a causal mask to the bottom right corner, so only square causal rectangles are asked for. It
-    reads grouped K/V itself; the memory-efficient kernel (float32 and windows) gets the group as expanded views.
+    reads grouped K/V itself; for the memory-efficient kernel (float32 and windows) one rectangle's K/V are repeated.
     """
 
     square_causal = True

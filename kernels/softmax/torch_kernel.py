@@ -12,7 +12,7 @@ from longctx.kernels.contract import Request
 from longctx.kernels.merge import Partial, merge_into
 from longctx.kernels.positions import Tile
 from longctx.kernels.softmax.aten import Primitive
-from longctx.kernels.softmax.pieces import Rectangle, rectangles
+from longctx.kernels.softmax.rectangles import Rectangle, rectangles
 
 
 class TorchKernel:

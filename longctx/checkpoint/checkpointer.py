@@ -21,8 +21,8 @@ from longctx.checkpoint.failure import by_rank, explain
 from longctx.checkpoint.integrity import content_problem, problem, read_extra
 from longctx.checkpoint.names import EXTRA, WRITING, checkpoints_directory, name_of
 from longctx.checkpoint.publish import prune, publish, put_back, remove_leftovers
-from longctx.checkpoint.ranks import Ranks
 from longctx.checkpoint.writer import stage, write
+from longctx.parallel.ranks import Ranks
 
 
 @dataclass(kw_only=True)

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from longctx.batch import MicroBatch
 
 ENGINES = ("native",)
-PRECISIONS = ("float32", "bfloat16", "float64")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 PARAMETERS = ("replicate", "shard")
 
 
@@ -34,7 +36,7 @@ class EngineConfig:
         for key, value, known in (
             ("name", self.name, ENGINES),
             ("parameters", self.parameters, PARAMETERS),
-            ("dtype", self.dtype, PRECISIONS),
+            ("dtype", self.dtype, tuple(DTYPES)),
         ):
             if value not in known:
                 raise ValueError(f"engine.{key}={value} is not known; known are {', '.join(known)}")
@@ -59,6 +61,11 @@ class StepResult:
 
 class Engine(Protocol):
     """Train, evaluate, and hand over the state."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Return the number of parameters of the whole model."""
+        ...
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
         """Run forward and backward on every micro-batch and one optimizer step (collective)."""

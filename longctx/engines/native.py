@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longctx.attention import ContextParallelAttention
 from longctx.batch import MicroBatch
-from longctx.engines.engine import EngineConfig, StepResult
+from longctx.engines.engine import DTYPES, EngineConfig, StepResult
 from longctx.loss import token_loss_sum
 from longctx.model import Decoder, ModelConfig, initial_weight
 from longctx.optim import OptimConfig, build_optimizer, clip_grad_norm, set_lr
@@ -21,6 +21,9 @@ from longctx.parallel.mesh import Degrees, build_parameter_mesh
 
 class NativeEngine:
     """Parameters as FSDP2 DTensors; gradients are sums over all ranks, of losses divided by the global label count.
+
+    Samples differ over dp only, but gradients are summed over dp x cp: each cp rank has the loss of its own tokens, and
+    FSDP2's shard axis includes cp.
 
     `replicate` is FSDP2 with one shard per replica, so both choices run the same code and save the same checkpoints.
     """
@@ -37,11 +40,6 @@ class NativeEngine:
         seed: int,
     ) -> None:
         """Build the model on the mesh with initial weights that depend on `seed` alone (collective)."""
-        if config.parameters == "replicate" and degrees.dp_shard > 1:
-            raise ValueError(
-                f"parallel.dp_shard={degrees.dp_shard} shares parameters between data-parallel ranks, so it needs "
-                "engine.parameters=shard; given replicate (use parallel.dp_replicate)"
-            )
         replicas = dist.get_world_size() if config.parameters == "replicate" else degrees.dp_replicate
         mesh = build_parameter_mesh(replicas, device_type=device.type)
         self._shard_group = mesh.get_group("shard")
@@ -51,8 +49,11 @@ class NativeEngine:
             self.model = Decoder(model)
         if config.dtype == "float64":
             self.model.to(torch.float64)
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        policy = policy if config.dtype == "bfloat16" else MixedPrecisionPolicy()
+        # Inputs keep their dtype: the cosines and sines of RoPE pass through the blocks and must stay float32.
+        low = DTYPES[config.dtype] if config.dtype == "bfloat16" else None
+        policy = MixedPrecisionPolicy(
+            param_dtype=low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
+        )
         for module in (*self.model.blocks, self.model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
             assert isinstance(module, FSDPModule)
@@ -96,6 +97,11 @@ class NativeEngine:
         (labels,) = self._sum([sum(batch.num_labels for batch in micro_batches)])
         return loss_sum.item() / max(labels, 1)
 
+    @property
+    def num_parameters(self) -> int:
+        """Return the number of parameters of the whole model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def state_dict(self) -> dict[str, Any]:
         """Return model and optimizer state for torch DCP, keyed by parameter names: the same under any mesh."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
@@ -103,7 +109,11 @@ class NativeEngine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the state back after DCP filled it in."""
+        configured = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        # A checkpoint brings its own betas, eps and weight decay; those of the config count.
+        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(settings)
 
     @property
     def _fsdp(self) -> FSDPModule:

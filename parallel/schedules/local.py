@@ -13,6 +13,7 @@ class Local:
     """No hop at all; needs a group of one."""
 
     name: str = "local"
+    distributed: bool = False
 
     def sources(self, rank: int, size: int) -> tuple[int, ...]:
         """Return the only shard there is."""

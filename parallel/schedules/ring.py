@@ -1,8 +1,9 @@
 """The ring schedule: K/V shards travel around the group, one hop per shard. It never sees a mask.
 
 Ring Attention (Liu et al., arXiv 2310.01889). Forward makes cp - 1 hops of (k, v); backward cp - 1 hops of (k, v) and
-cp hops of (dk, dv), which travel one hop behind the shard that they belong to and end at its owner. Every exchange is
-posted before the kernel runs and waited for after it, so transfers hide behind arithmetic where the hardware allows.
+cp hops of (dk, dv), which travel one hop behind the shard that they belong to and end at its owner. Messages carry no
+tags: every rank sends kv 1, dkv 0, kv 2, dkv 1, ..., and receives in that order. Every exchange is posted before the
+kernel runs and waited for after it, so transfers hide behind arithmetic where the hardware allows.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ class Ring:
     """Send to the next rank, receive from the one before."""
 
     name: str = "ring"
+    distributed: bool = True
 
     def sources(self, rank: int, size: int) -> tuple[int, ...]:
         """Return whose shard is at `rank` at each hop; hop 0 is its own."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longctx.kernels.mask import Mask, causal, documents, full, sliding_window
+from longctx.kernels.positions import cut
 from longctx.kernels.tiles import tiles_between
 from longctx.parallel.layout import Layout
 
@@ -25,6 +26,11 @@ MASKS = {
 LAYOUTS = [("contiguous", 1), ("zigzag", 1), ("striped", 1), ("striped", 2), ("striped", 3), ("striped", 5)]
 
 
+def tiles(layout: Layout, q_rank: int, k_rank: int, mask: Mask, total: int):
+    q, k = (cut(layout.segments(rank, total), mask.bounds(total)) for rank in (q_rank, k_rank))
+    return tiles_between(q, k, mask=mask)
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize(("name", "width"), LAYOUTS, ids=[f"{n}{w}" for n, w in LAYOUTS])
 def test_tiles_cover_the_mask_once(name, width, mask):
@@ -34,8 +40,7 @@ def test_tiles_cover_the_mask_once(name, width, mask):
             q_positions, k_positions = layout.positions(q_rank, TOTAL), layout.positions(k_rank, TOTAL)
             want = mask.allowed(q_positions, k_positions)
             got = torch.zeros_like(want, dtype=torch.int64)
-            q_segments, k_segments = layout.segments(q_rank, TOTAL), layout.segments(k_rank, TOTAL)
-            for tile in tiles_between(q_segments, k_segments, mask=mask, total=TOTAL):
+            for tile in tiles(layout, q_rank, k_rank, mask, TOTAL):
                 for i in range(tile.q_count):
                     for j in range(tile.k_count):
                         got[tile.q_begin + i, tile.k_begin + j] += tile.lo <= j - i <= tile.hi
@@ -45,19 +50,18 @@ def test_tiles_cover_the_mask_once(name, width, mask):
 def test_striped_causal_bands_are_the_diagonal_or_one_below():
     layout = Layout("striped", 4)
     for q_rank, k_rank in itertools.product(range(4), repeat=2):
-        (tile,) = tiles_between(layout.segments(q_rank, 64), layout.segments(k_rank, 64), mask=causal(), total=64)
+        (tile,) = tiles(layout, q_rank, k_rank, causal(), 64)
         assert tile.hi == (0 if k_rank <= q_rank else -1)
 
 
 def test_zigzag_causal_tiles_are_full_or_diagonal():
     layout = Layout("zigzag", 4)
     for q_rank, k_rank in itertools.product(range(4), repeat=2):
-        tiles = tiles_between(layout.segments(q_rank, 64), layout.segments(k_rank, 64), mask=causal(), total=64)
-        assert all(tile.full or tile.hi == 0 for tile in tiles)
-        assert sum(not tile.full for tile in tiles) == (2 if q_rank == k_rank else 0)
+        both = tiles(layout, q_rank, k_rank, causal(), 64)
+        assert all(tile.full or tile.hi == 0 for tile in both)
+        assert sum(not tile.full for tile in both) == (2 if q_rank == k_rank else 0)
 
 
 def test_wide_stripes_need_a_few_tiles_per_stripe_not_a_square():
     layout, total = Layout("striped", 8, 64), 8 * 64 * 256
-    tiles = tiles_between(layout.segments(3, total), layout.segments(5, total), mask=causal(), total=total)
-    assert len(tiles) <= 2 * 256
+    assert len(tiles(layout, 3, 5, causal(), total)) <= 2 * 256

@@ -8,6 +8,7 @@ import torch
 from longctx.kernels.mask import causal, documents
 from longctx.parallel.layout import Layout
 from longctx.parallel.loopback import run_ranks
+from longctx.parallel.registry import SCHEDULES
 from longctx.parallel.transport import ProcessGroupTransport
 from tests.support.attention import (
     HEADS,
@@ -34,12 +35,14 @@ def loopback(layout: Layout, problem, masks, *, schedule: str = "ring", kernel: 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cp", [1, 2, 3, 4, 8])
-def test_matrix(cp, layout, mask, heads):
+@pytest.mark.parametrize("schedule", [name for name, schedule in SCHEDULES.items() if schedule.distributed])
+def test_matrix(schedule, cp, layout, mask, heads):
     for n, kernel in itertools.product(TOKENS_PER_RANK, ("torch", "reference")):
         total = cp * n
         problem = make_problem(total, HEADS[heads], seed=total)
         masks = [make_mask(mask, total)]
-        got = loopback(Layout(LAYOUTS[layout][0], cp, LAYOUTS[layout][1]), problem, masks, kernel=kernel)
+        placed = Layout(LAYOUTS[layout][0], cp, LAYOUTS[layout][1])
+        got = loopback(placed, problem, masks, schedule=schedule, kernel=kernel)
         assert_equal(got, dense(problem, masks), 1e-10)
 
 
@@ -164,12 +167,20 @@ def test_bad_calls_are_refused():
 
     def call(transport):
         with pytest.raises(ValueError, match="for cp=2, the transport's group has 1"):
-            ContextParallelAttention(Layout("striped", 2), resolve_schedule("ring"), transport)
-        attention = ContextParallelAttention(Layout("striped", 1), resolve_schedule("ring"), transport)
+            ContextParallelAttention(
+                layout=Layout("striped", 2), schedule=resolve_schedule("ring"), transport=transport
+            )
+        attention = ContextParallelAttention(
+            layout=Layout("striped", 1), schedule=resolve_schedule("ring"), transport=transport
+        )
         plans = attention.plans([causal()], total=8)
         q = torch.zeros(3, 8, 4, 8)
         with pytest.raises(ValueError, match="one dtype"):
             attention(q, q.double(), q, plans=plans)
+        with pytest.raises(ValueError, match=r"with T = \[8\] tokens, as planned; given \(3, 7, 4, 8\)"):
+            attention(q[:, :7], q[:, :7], q[:, :7], plans=plans)
+        with pytest.raises(ValueError, match="as planned"):
+            attention(q, q, q[:, :, :2], plans=plans)
         with pytest.raises(ValueError, match="one plan or one per row; given 2 for a batch of 3"):
             attention(q, q, q, plans=[*plans, *plans])
         with pytest.raises(ValueError, match="multiple of num_kv_heads; given 4 and 3"):

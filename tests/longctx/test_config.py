@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from longctx.config import CONFIGS, Config, config_groups, load_config
-from longctx.train import check_world
+from longctx.setup import check_world
 
 
 def test_the_default_run():
@@ -66,7 +66,7 @@ def test_config_files_name_every_key_of_their_group():
         (["attention.schedule=tree"], ["attention.schedule=tree", "ring, local"]),
         (["attention=zigzag", "attention.width=8"], ["attention.width=8 needs attention.layout=striped"]),
         (["attention=striped", "attention.schedule=local"], ["attention.schedule=local", "contiguous"]),
-        (["attention.causal=false"], ["attention.causal=false", "see the tokens that it predicts"]),
+        (["attention.causal=false"], ["unknown key 'attention.causal'"]),
         (["attention.kernel=triton"], ["attention.kernel=triton", "auto, torch, reference"]),
         (["optim.lr=-1"], ["optim.lr"]),
         (["optim.warmup_steps=1000"], ["warmup"]),
@@ -88,6 +88,7 @@ def test_mistakes_are_refused_with_the_key_and_the_alternatives(overrides, words
         (["data.seq_len=8190"], 4, "data.seq_len=8190 cannot be divided by parallel.cp=4"),
         (["parallel.cp=4"], 2, "parallel.cp=4 is larger than the world of 2"),
         (["attention=local", "parallel.cp=2"], 2, "parallel.cp must be 1 or null; given parallel.cp=2"),
+        (["parallel.dp_shard=2"], 2, "parallel.dp_shard=2 .* needs engine.parameters=shard; given replicate"),
         (["parallel.cp=1"], 4, "train.global_batch=2 is not a multiple of train.micro_batch=1 x dp size 4"),
     ],
 )

@@ -42,6 +42,8 @@ def tensors(run_dir: Path) -> dict:
 
 
 def flatten(tree, prefix="") -> dict:
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        tree = dict(enumerate(tree))
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {key: value for name, part in tree.items() for key, value in flatten(part, f"{prefix}/{name}").items()}
@@ -135,7 +137,25 @@ def test_a_half_written_checkpoint_is_passed_over(gloo_pool, undisturbed, corpus
     assert losses(again) == losses(undisturbed)
 
 
-def test_never_starts_anew(gloo_pool, undisturbed, corpus, tmp_path):
+def test_never_starts_anew_and_loses_nothing(gloo_pool, undisturbed, corpus, tmp_path):
     again = cut_after_five(undisturbed, tmp_path / "again")
     run(gloo_pool, 2, again, corpus, "checkpoint.resume=never")
     assert losses(again) == losses(undisturbed) and len(records(again)) == len(records(undisturbed))
+    assert (again / "before-1" / "checkpoints" / "iter_0000005" / "extra.json").exists()
+    assert (again / "before-1" / "metrics.jsonl").exists()
+
+
+def test_settings_of_the_optimizer_are_those_of_the_config(gloo_pool, undisturbed, corpus, tmp_path):
+    again = cut_after_five(undisturbed, tmp_path / "again")
+    run(gloo_pool, 2, again, corpus, "optim.weight_decay=0.0", "optim.betas=[0.5,0.6]")
+    groups = {name: value for name, value in tensors(again).items() if "param_groups" in name}
+    decays = [value for name, value in groups.items() if name.endswith("/weight_decay")]
+    betas = [tuple(value) for name, value in groups.items() if name.endswith("/betas")]
+    assert decays and set(decays) == {0.0} and set(betas) == {(0.5, 0.6)}
+    assert losses(again)[6:] != losses(undisturbed)[6:]
+
+
+def test_another_initialisation_does_not_matter_to_a_checkpoint(gloo_pool, undisturbed, corpus, tmp_path):
+    again = cut_after_five(undisturbed, tmp_path / "again")
+    run(gloo_pool, 2, again, corpus, "model.init_std=0.5", "model.head_dim=8")
+    assert losses(again) == losses(undisturbed)

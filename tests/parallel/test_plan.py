@@ -71,8 +71,8 @@ def test_a_rank_holds_every_shard_once_its_own_first():
 def test_describe_is_one_line_with_the_numbers():
     line = describe(Layout("contiguous", 8), causal(), Ring(), total=8192)
     assert line == (
-        "contiguous x ring, cp=8, 8,192 tokens, 1 document(s): 33,558,528 visible pairs, balance 53.3% of ideal, "
-        "busiest rank 1.87x the mean, 44% of hops idle"
+        "contiguous x ring, cp=8, 8,192 tokens, 1 document(s), 1 tile(s) per layer on rank 0: 33,558,528 visible "
+        "pairs, balance 53.3% of ideal, busiest rank 1.87x the mean, 44% of hops idle"
     )
 
 
@@ -81,3 +81,21 @@ def test_rows_with_equal_masks_share_a_plan():
     same = plans_for(layout, [causal(), causal()], Ring(), rank=0, total=8)
     assert len(same) == 1 and same[0] is plan(layout, causal(), Ring(), rank=0, total=8)
     assert len(plans_for(layout, [causal(), causal() & documents((0, 3, 8))], Ring(), rank=0, total=8)) == 2
+
+
+def test_a_plan_too_large_to_count_says_so_at_once():
+    bounds = tuple(range(0, 64 * 64 + 1, 64))
+    line = describe(Layout("striped", 64), causal() & documents(bounds), Ring(), total=64 * 64)
+    assert line.endswith("visible pairs on rank 0, other ranks not counted")
+
+
+@pytest.mark.parametrize(
+    ("width", "one_document", "short_documents"),
+    [(1, 0.9999, 0.9932), (16, 0.9983, 0.9015), (64, 0.9932, 0.6959), (128, 0.9865, 0.5336)],
+)
+def test_wide_stripes_cost_balance_where_documents_are_short(width, one_document, short_documents):
+    """65,536 tokens at cp=8, as one document or as 64: spread evenly while a document is long against cp x width."""
+    for length, efficiency in ((65536, one_document), (1024, short_documents)):
+        mask = causal() & documents(tuple(range(0, 65537, length)))
+        work = balance(Layout("striped", 8, width), mask, Ring(), total=65536)
+        assert work.efficiency == pytest.approx(efficiency, abs=1e-4)

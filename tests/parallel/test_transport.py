@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from longctx.parallel.agree import all_succeed, check_equal, from_rank_zero
 from longctx.parallel.loopback import run_ranks
+from longctx.parallel.ranks import Ranks
 from longctx.parallel.transport import ProcessGroupTransport, Transport
 
 
@@ -89,18 +89,20 @@ def test_a_transfer_goes_on_while_the_rank_does_something_else(gloo_pool):
 
 
 def agree(rank: int, world_size: int, group):
-    assert from_rank_zero(lambda: {"from": rank}) == {"from": 0}
-    messages = []
-    for call in (
-        lambda: from_rank_zero(lambda: int("x")),
-        lambda: all_succeed(lambda: int("1" if rank == 0 else "y")),
-        lambda: check_equal(str(rank // 1), what="the configuration"),
-    ):
-        try:
-            call()
-        except ValueError as error:
-            messages.append(str(error))
-    check_equal("same", what="the configuration")
+    with Ranks() as ranks:
+        assert ranks.from_first(lambda: {"from": rank}) == {"from": 0}
+        assert ranks.gather(rank) == list(range(world_size))
+        messages = []
+        for call in (
+            lambda: ranks.from_first(lambda: int("x")),
+            lambda: ranks.all_succeed(lambda: int("1" if rank == 0 else "y")),
+            lambda: ranks.check_equal(str(rank), what="the configuration"),
+        ):
+            try:
+                call()
+            except ValueError as error:
+                messages.append(str(error))
+        ranks.check_equal("same", what="the configuration")
     return messages
 
 

@@ -75,7 +75,9 @@ def sharded(
 ) -> list[Tensor]:
     """Return this rank's shards of out, lse, dq, dk, dv."""
     total = problem.q.shape[1]
-    attention = ContextParallelAttention(layout, resolve_schedule(schedule), transport, kernel)
+    attention = ContextParallelAttention(
+        layout=layout, schedule=resolve_schedule(schedule), transport=transport, kernel=kernel
+    )
     shards = [layout.shard(x, rank=transport.rank, dim=1) for x in (problem.q, problem.k, problem.v, problem.dout)]
     q, k, v = (x.requires_grad_() for x in shards[:3])
     out, lse = attention(q, k, v, plans=attention.plans(masks, total=total))

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from longctx.config import load_config
-from longctx.train import check_world, train
+from longctx.setup import check_world
+from longctx.train import train
 
 TINY = (
     "experiment=smoke",

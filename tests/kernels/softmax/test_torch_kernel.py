@@ -6,10 +6,10 @@ import torch
 from longctx.kernels.contract import Request
 from longctx.kernels.mask import causal, documents, full, sliding_window
 from longctx.kernels.merge import empty_partial
-from longctx.kernels.positions import Segment
+from longctx.kernels.positions import Segment, cut
 from longctx.kernels.softmax.aten import CudaFlash
 from longctx.kernels.softmax.op import resolve_kernel
-from longctx.kernels.softmax.pieces import Rectangle
+from longctx.kernels.softmax.rectangles import Rectangle
 from longctx.kernels.softmax.reference import dense_attention
 from longctx.kernels.tiles import tiles_between
 from tests.support.tolerance import assert_within_budget
@@ -41,8 +41,8 @@ def run(name: str, q, k, v, dout, mask, device: str = "cpu") -> list[torch.Tenso
         num_kv_heads=k.shape[2],
     )
     kernel = resolve_kernel(name, request)
-    whole = (Segment(0, 1, q.shape[1]),)
-    tiles = tiles_between(whole, whole, mask=mask, total=q.shape[1])
+    whole = cut((Segment(0, 1, q.shape[1]),), mask.bounds(q.shape[1]))
+    tiles = tiles_between(whole, whole, mask=mask)
     scale = q.shape[-1] ** -0.5
     partial = empty_partial(q, v_head_dim=v.shape[-1])
     kernel.forward(q, k, v, tiles=tiles, softmax_scale=scale, partial=partial)
@@ -108,7 +108,8 @@ def test_rows_without_keys_stay_zero_and_give_no_gradient(kernel):
     request = Request(device_type="cpu", dtype=q.dtype, head_dim=16, v_head_dim=16, num_heads=4, num_kv_heads=2)
     local = resolve_kernel(kernel, request)
     # The queries' shard starts before the keys' shard: the first rows are blind.
-    tiles = tiles_between((Segment(0, 1, T),), (Segment(20, 1, T),), mask=causal(), total=T + 20)
+    queries, keys = (cut((Segment(start, 1, T),), (0, T + 20)) for start in (0, 20))
+    tiles = tiles_between(queries, keys, mask=causal())
     partial = empty_partial(q, v_head_dim=16)
     local.forward(q, k, v, tiles=tiles, softmax_scale=0.25, partial=partial)
     assert torch.isneginf(partial.lse[:, :, :20]).all() and torch.isfinite(partial.lse[:, :, 20:]).all()

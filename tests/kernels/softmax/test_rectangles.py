@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.kernels.positions import Piece, Segment, Tile, make_tile
-from longctx.kernels.softmax.pieces import BAND_ROWS_MAX, rectangles
+from longctx.kernels.softmax.rectangles import BAND_ROWS_MAX, rectangles
 
 counts = st.integers(1, 12)
 bounds = st.integers(-15, 15)

@@ -1,8 +1,10 @@
 """Split a banded tile into rectangles that a plain flash-attention call can serve. Integers only.
 
+A rectangle is what one library call computes; one tile gives one to three, or one per block of rows under a window.
+
 Library kernels know two masks, none and causal, and take an additive bias for anything else. So a tile becomes `full`
-and `causal` pieces of any size plus, where a window cuts it, `band` pieces of bounded height whose bias is small.
-Every row of every piece sees at least one key of that piece: library kernels disagree about empty rows.
+and `causal` rectangles of any size plus, where a window cuts it, `band` ones of bounded height whose bias is small.
+Every row of every rectangle sees at least one key of it: library kernels disagree about empty rows.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,193 @@
+"""Build all that the loop works with, check that it fits together, and take up a checkpoint."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.attention import ContextParallelAttention
+from longctx.batch import BatchSource
+from longctx.checkpoint.checkpointer import Checkpointer
+from longctx.checkpoint.compare import compare_models
+from longctx.checkpoint.rng import restore_rng
+from longctx.config import Config
+from longctx.data.batches import grad_accum_steps
+from longctx.data.indexed import TokenStore
+from longctx.data.prepare import prepare
+from longctx.data.stream import PackedStream
+from longctx.data.tokenizer import build_tokenizer
+from longctx.engines.build import build_engine
+from longctx.engines.engine import DTYPES, Engine
+from longctx.kernels.contract import LocalKernel, Request
+from longctx.kernels.softmax.op import resolve_kernel
+from longctx.model import ModelConfig
+from longctx.parallel.mesh import Degrees, build_mesh, resolve_degrees
+from longctx.parallel.ranks import Ranks
+from longctx.parallel.registry import resolve_schedule
+from longctx.parallel.transport import ProcessGroupTransport
+
+
+@dataclass(kw_only=True)
+class Run:
+    """All that the loop works with. `say` prints on rank 0, later through the progress bar."""
+
+    config: Config
+    degrees: Degrees
+    model: ModelConfig
+    engine: Engine
+    batches: BatchSource
+    training: PackedStream
+    held_out: PackedStream | None
+    say: Callable[[str], None]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Return the tokens of one optimizer step, over all ranks."""
+        return self.config.train.global_batch * self.config.data.seq_len
+
+
+def check_world(config: Config, *, world_size: int) -> Degrees:
+    """Resolve the mesh and refuse what does not fit it, before any process group exists."""
+    distributed = resolve_schedule(config.attention.schedule).distributed
+    degrees = resolve_degrees(config.parallel, world_size=world_size, distributed_schedule=distributed)
+    if config.engine.parameters == "replicate" and degrees.dp_shard > 1:
+        raise ValueError(
+            f"parallel.dp_shard={degrees.dp_shard} shares parameters between data-parallel ranks, so it needs "
+            "engine.parameters=shard; given replicate (use parallel.dp_replicate)"
+        )
+    config.attention.make_layout(degrees.cp).check_total(config.data.seq_len)
+    grad_accum_steps(global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, dp_size=degrees.dp)
+    return degrees
+
+
+def check_kernel(config: Config, *, device_type: str) -> LocalKernel:
+    """Return the kernel that will compute the tiles, or refuse a named one that cannot."""
+    request = Request(
+        device_type=device_type,
+        dtype=DTYPES[config.engine.dtype],
+        head_dim=config.model.head_size,
+        v_head_dim=config.model.head_size,
+        num_heads=config.model.num_heads,
+        num_kv_heads=config.model.num_kv_heads,
+    )
+    return resolve_kernel(config.attention.kernel, request)
+
+
+def setup(config: Config, *, degrees: Degrees, device: torch.device, ranks: Ranks, say: Callable[[str], None]) -> Run:
+    """Prepare the corpus (rank 0) and build streams, attention and engine (collective)."""
+    store_at = ranks.from_first(lambda: prepare(config.data, report=say))
+    vocab_size = build_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token).vocab_size
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+    assert model.vocab_size is not None
+    if config.data.source != "bin" and model.vocab_size < vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocab_size}; set it to null"
+        )
+
+    def stream(split: str) -> PackedStream:
+        return PackedStream(
+            TokenStore(store_at.prefix),
+            seq_len=config.data.seq_len,
+            seed=config.data.seed,
+            held_out=config.data.held_out,
+            split=split,
+            vocab_size=model.vocab_size,
+        )
+
+    training = ranks.all_succeed(lambda: stream("train"))
+    evaluates = config.train.eval_samples > 0 and config.data.held_out > 0
+    held_out = ranks.all_succeed(lambda: stream("held_out")) if evaluates else None
+    # This mesh is for data and attention; parameters lie on one of their own over the same ranks (the engine's).
+    mesh = build_mesh(degrees, device_type=device.type)
+    attention = ContextParallelAttention(
+        layout=config.attention.make_layout(degrees.cp),
+        schedule=resolve_schedule(config.attention.schedule),
+        transport=ProcessGroupTransport(mesh.get_group("cp")),
+        kernel=config.attention.kernel,
+    )
+    engine = build_engine(
+        config.engine,
+        model=model,
+        optim=config.optim,
+        attention=attention,
+        degrees=degrees,
+        device=device,
+        seed=config.train.seed,
+    )
+    batches = BatchSource(
+        attention=attention,
+        config=config.attention,
+        device=device,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        dp_rank=degrees.coordinates(ranks.rank)[0],
+        dp_size=degrees.dp,
+    )
+    return Run(
+        config=config,
+        degrees=degrees,
+        model=model,
+        engine=engine,
+        batches=batches,
+        training=training,
+        held_out=held_out,
+        say=say,
+    )
+
+
+def resume(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any]]:
+    """Load the checkpoint that the config asks for, if there is one; return the finished steps and what was saved."""
+    path = checkpointer.find()
+    if path is None:
+        return 0, {}
+    saved = checkpointer.read_extra(path)
+    absent = [key for key in ("step", "samples_seen", "model", "data_order") if key not in saved]
+    if absent:
+        raise ValueError(f"checkpoint {path}: extra.json lacks {', '.join(absent)}; set checkpoint.resume to another")
+    compare_models(saved["model"], model_shape(run))
+    compare_models(saved["data_order"], data_order(run), prefix="data order")
+    state = run.engine.state_dict()
+    checkpointer.load(path, state)
+    run.engine.load_state_dict(state)
+    step = int(saved["step"])
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    restore_rng(path, rank=rank, world_size=world_size, seed=run.config.train.seed, step=step, report=run.say)
+    run.say(f"resumed from {path} (step {step}, {saved['samples_seen']} samples seen)")
+    return step, saved
+
+
+def model_shape(run: Run) -> dict[str, Any]:
+    """Return what decides the model's arithmetic; a run continues only with the same. Initial weights do not matter."""
+    shape = {**dataclasses.asdict(run.model), "head_dim": run.model.head_size}
+    del shape["init_std"]
+    return shape
+
+
+def data_order(run: Run) -> dict[str, Any]:
+    """Return what decides which sample comes when; a run continues only on the same order."""
+    data = run.config.data
+    return {
+        "data.seq_len": data.seq_len,
+        "data.seed": data.seed,
+        "data.held_out": data.held_out,
+        "train.global_batch": run.config.train.global_batch,
+        "corpus": run.training.fingerprint(),
+    }
+
+
+def set_aside(run_dir: Path) -> str | None:
+    """Move what an earlier run left in `run_dir` into a folder of its own there; return what to say, if it did."""
+    left = [run_dir / name for name in ("checkpoints", "metrics.jsonl", "loss.png", "config.yaml", "tensorboard")]
+    left = [path for path in left if path.exists()]
+    if not left:
+        return None
+    number = next(n for n in range(1, 1_000_000) if not (run_dir / f"before-{n}").exists())
+    folder = run_dir / f"before-{number}"
+    folder.mkdir()
+    for path in left:
+        path.rename(folder / path.name)
+    return f"checkpoint.resume=never: what an earlier run left in {run_dir} is now in {folder}"
