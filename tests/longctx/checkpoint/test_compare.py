@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 import longctx
-from longctx.checkpoint import code_version, compare_models, version
+from longctx.checkpoint import compare_models, version
 
 MODEL = {"dim": 128, "rope": {"theta": 1e4, "scaling": None}, "layers": (1, 2), "tied": True}
 
@@ -44,6 +44,7 @@ def _git(folder, *arguments):
 
 
 def test_code_version_names_commit_and_changes(tmp_path, monkeypatch):
+    code_version = version.code_version.__wrapped__  # asked once per process, as the loaded code does not change
     package = tmp_path / "longctx"
     package.mkdir()
     source = package / "__init__.py"
