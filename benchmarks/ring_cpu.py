@@ -6,8 +6,8 @@
 Every column is measured in the same processes, in turn, in every round; a time is the slowest rank's, and the table
 holds medians over rounds. `local` is each rank computing the whole sequence alone with the same kernel, all ranks at
 once: its time divided by the number of ranks is the ideal. `ring-attention-pytorch` is measured too where it is
-installed (`pip install ring-attention-pytorch`), on the same problem in float32, with its striped ring. Results go to
-benchmarks/results/ as JSON and PNG.
+installed (`pip install ring-attention-pytorch`), on the same problem in float32, with its striped ring. JSON and PNG
+go to --out.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-peer", action="store_true", help=f"leave {PEER} out even if it is installed")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ring_cpu.json")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ring_cpu.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(

@@ -76,6 +76,11 @@ class ContextParallelAttention:
             raise ValueError(
                 f"the layout is for cp={self.layout.cp}, the transport's group has {self.transport.size} rank(s)"
             )
+        if self.transport.size > 1 and not self.schedule.distributed:
+            raise ValueError(
+                f"attention.schedule={self.schedule.name} keeps a sequence on one rank; the group has "
+                f"{self.transport.size}. Use attention.schedule=ring"
+            )
 
     def plans(self, masks: Sequence[Mask], *, total: int) -> tuple[Plan, ...]:
         """Return this rank's plans for a micro-batch: one for all rows, or one per row where their masks differ."""
@@ -107,8 +112,13 @@ class ContextParallelAttention:
         )
         if len({q.dtype, k.dtype, v.dtype}) != 1:
             raise ValueError(f"q, k, v must have one dtype; given {q.dtype}, {k.dtype}, {v.dtype}")
-        if len(plans) not in (1, q.shape[0]):
+        if not plans or len(plans) not in (1, q.shape[0]):
             raise ValueError(f"need one plan or one per row; given {len(plans)} for a batch of {q.shape[0]}")
+        if any(plan.layout != self.layout or plan.rank != self.transport.rank for plan in plans):
+            raise ValueError(
+                f"the plans are rank {plans[0].rank}'s for {plans[0].layout}; this is rank {self.transport.rank} with "
+                f"{self.layout}: make them with this object's `plans`"
+            )
         tokens, ours = {plan.tokens for plan in plans}, q.shape[:2]
         if tokens != {ours[1]} or k.shape[:2] != ours or v.shape[:2] != ours or k.shape[2] != v.shape[2]:
             raise ValueError(
@@ -138,6 +148,7 @@ class _Call:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once, rather than at every hop
         partial = empty_partial(q, v_head_dim=v.shape[-1])
 
         def attend(source: int, k_shard: Tensor, v_shard: Tensor) -> None:

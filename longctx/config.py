@@ -176,4 +176,5 @@ def _words(error: BaseException) -> str:
     if error.__cause__ is not None and str(error.__cause__).strip() not in parts[0]:
         parts.append(str(error.__cause__).strip())
     lines = [line.strip() for part in parts for line in part.splitlines()]
-    return "\n".join(line for line in lines if line and not line.startswith(("reference_type", "object_type")))
+    words = [line for line in lines if line and not line.startswith(("reference_type", "object_type"))]
+    return "; ".join(line.replace("full_key: ", "the key is ") for line in words)

@@ -1,6 +1,7 @@
 """A Llama-shaped decoder. It takes positions and a way to attend, and knows no rank."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,8 +71,8 @@ class ModelConfig:
         if self.qk_norm not in ("none", "head"):
             raise ValueError(f"model.qk_norm={self.qk_norm} is not known; known are none, head")
         for name in ("rope_theta", "norm_eps", "init_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"model.{name} must be > 0; given {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name} must be > 0 and finite; given {getattr(self, name)}")
 
 
 class RMSNorm(nn.Module):

@@ -138,6 +138,8 @@ def loop(run: Run, *, checkpointer: Checkpointer, logger: MetricsLogger, meter: 
         }
         logger.log(step, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, **measured, **progress})
         checkpointer.poll()
+        if result.num_labels == 0:
+            run.say(f"note: step {step} has no label, every document being one token long: nothing was learned")
         every = config.checkpoint.every
         # Before the checkpoint: a run that continues from it does not evaluate that step again.
         if step == total or (config.train.eval_every and step % config.train.eval_every == 0):

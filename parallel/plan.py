@@ -31,8 +31,9 @@ class Hop:
 
 @dataclass(frozen=True)
 class Plan:
-    """All hops of one rank, which owns `tokens` tokens of the sequence."""
+    """All hops of one rank, which owns `tokens` tokens of the sequence in `layout`."""
 
+    layout: Layout
     rank: int
     tokens: int
     hops: tuple[Hop, ...]
@@ -60,7 +61,7 @@ def plan(layout: Layout, mask: Mask, schedule: Schedule, *, rank: int, total: in
     for source in schedule.sources(rank, layout.cp):
         keys = queries if source == rank else cut(layout.segments(source, total), bounds)
         hops.append(Hop(source, tiles_between(queries, keys, mask=mask)))
-    return Plan(rank, total // layout.cp, tuple(hops))
+    return Plan(layout, rank, total // layout.cp, tuple(hops))
 
 
 @dataclass(frozen=True)

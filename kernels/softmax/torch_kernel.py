@@ -29,6 +29,7 @@ class TorchKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, tiles: Sequence[Tile], softmax_scale: float, partial: Partial
     ) -> None:
+        q, k, v = (_with_dense_heads(x) for x in (q, k, v))
         for shape in self._rectangles(tiles):
             rows, columns = _rows(shape), _columns(shape)
             out, lse = self._primitive.forward(
@@ -51,6 +52,7 @@ class TorchKernel:
         dk: Tensor,
         dv: Tensor,
     ) -> None:
+        q, k, v, dout, out = (_with_dense_heads(x) for x in (q, k, v, dout, out))
         for shape in self._rectangles(tiles):
             rows, columns = _rows(shape), _columns(shape)
             dq_part, dk_part, dv_part = self._primitive.backward(
@@ -70,6 +72,11 @@ class TorchKernel:
     def _rectangles(self, tiles: Sequence[Tile]) -> list[Rectangle]:
         square = self._primitive.square_causal
         return [shape for tile in tiles for shape in rectangles(tile, square_causal=square)]
+
+
+def _with_dense_heads(x: Tensor) -> Tensor:
+    """Return x with its last dim contiguous: ATen's flash kernels read it so, whatever its stride, and do not check."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _rows(shape: Rectangle) -> slice:

@@ -145,7 +145,9 @@ class Checkpointer:
         try:
             load(tensors, storage_reader=FileSystemReader(path), process_group=self._ranks.group)
         except CheckpointException as error:
-            raise ValueError(f"checkpoint {path} cannot be loaded: {explain(error)}") from error
+            raise ValueError(
+                f"checkpoint {path} cannot be loaded: {explain(error)}; set checkpoint.resume to an older one"
+            ) from error
         self._current = Path(path).absolute()
 
     def _choose(self) -> Path | None:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import math
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
@@ -158,6 +159,16 @@ class SilentProgress:
         """Do nothing."""
 
 
+def _is_terminal(stream: TextIO) -> bool:
+    """Tell whether a bar can be drawn: a terminal, and one that says how wide it is."""
+    if not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return True
+
+
 def make_progress(
     kind: str,
     *,
@@ -174,7 +185,7 @@ def make_progress(
     stream = sys.stdout if stream is None else stream
     bar_stream = sys.stderr if bar_stream is None else bar_stream
     if kind == "auto":
-        kind = "bar" if bar_stream.isatty() and importlib.util.find_spec("tqdm") is not None else "lines"
+        kind = "bar" if _is_terminal(bar_stream) and importlib.util.find_spec("tqdm") is not None else "lines"
     if kind == "bar":
         return BarProgress(total_steps=total_steps, start_step=start_step, stream=stream, bar_stream=bar_stream)
     if kind == "lines":

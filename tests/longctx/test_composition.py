@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 
+from longctx.attention import ContextParallelAttention
 from longctx.kernels.mask import causal, documents
 from longctx.parallel.layout import Layout
 from longctx.parallel.loopback import run_ranks
-from longctx.parallel.registry import SCHEDULES
+from longctx.parallel.registry import SCHEDULES, resolve_schedule
 from longctx.parallel.transport import ProcessGroupTransport
 from tests.support.attention import (
     HEADS,
@@ -60,6 +61,26 @@ def test_rows_of_a_batch_may_have_different_documents(layout):
     masks = [causal(), causal() & documents((0, 5, 36)), causal() & documents((0, 11, 12, 30, 36))]
     got = loopback(Layout(LAYOUTS[layout][0], 4, LAYOUTS[layout][1]), problem, masks)
     assert_equal(got, dense(problem, masks), 1e-10)
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_inputs_may_be_any_view(cp):
+    """q, k, v interleaved in one tensor (last stride 3), and dout permuted."""
+    problem, layout, masks = make_problem(24, (4, 4)), Layout("striped", cp), [causal()]
+    packed = torch.stack([problem.q, problem.k, problem.v], dim=-1)
+
+    def rank(transport):
+        attention = ContextParallelAttention(layout=layout, schedule=resolve_schedule("ring"), transport=transport)
+        qkv = layout.shard(packed, rank=transport.rank, dim=1).requires_grad_()
+        q, k, v = qkv.unbind(-1)
+        dout = layout.shard(
+            problem.dout.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), rank=transport.rank, dim=1
+        )
+        out, lse = attention(q, k, v, plans=attention.plans(masks, total=24))
+        (grad,) = torch.autograd.grad(out, qkv, dout.transpose(1, 3).contiguous().transpose(1, 3))
+        return [out.detach(), lse, *grad.unbind(-1)]
+
+    assert_equal(together(layout, run_ranks(cp, rank)), dense(problem, masks), 1e-10)
 
 
 def one_token_per_rank_problem():
@@ -162,9 +183,6 @@ def test_lse_of_far_apart_scores_survives_every_hop():
 
 
 def test_bad_calls_are_refused():
-    from longctx.attention import ContextParallelAttention
-    from longctx.parallel.registry import resolve_schedule
-
     def call(transport):
         with pytest.raises(ValueError, match="for cp=2, the transport's group has 1"):
             ContextParallelAttention(
@@ -186,6 +204,21 @@ def test_bad_calls_are_refused():
         with pytest.raises(ValueError, match="multiple of num_kv_heads; given 4 and 3"):
             attention(q, q[:, :, :3], q[:, :, :3], plans=plans)
 
+        with pytest.raises(ValueError, match="given 0 for a batch of 3"):
+            attention(q, q, q, plans=[])
+        other = ContextParallelAttention(
+            layout=Layout("zigzag", 1), schedule=resolve_schedule("ring"), transport=transport
+        )
+        with pytest.raises(ValueError, match="the plans are rank 0's for .*striped.*; this is rank 0 with .*zigzag"):
+            other(q, q, q, plans=plans)
+
+    def call_two(transport):
+        with pytest.raises(ValueError, match="attention.schedule=local keeps a sequence on one rank; the group has 2"):
+            ContextParallelAttention(
+                layout=Layout("contiguous", 2), schedule=resolve_schedule("local"), transport=transport
+            )
+
     run_ranks(1, call)
+    run_ranks(2, call_two)
     with pytest.raises(ValueError, match="attention.schedule=tree is not known; known are ring, local"):
         resolve_schedule("tree")

@@ -56,7 +56,7 @@ def test_same_losses(gloo_pool, reference, corpus, tmp_path, world_size, attenti
     want = reference(dtype, "tie_embeddings=true" in extra)
     got = run(gloo_pool, world_size, attention, extra, dtype, corpus, tmp_path / "run")
     assert len(got) == len(want) == 21  # twenty steps and one evaluation
-    assert want[0] == pytest.approx(5.55, abs=0.1) and want[19] < want[0] - 0.5
+    assert 5.2 < want[0] < 6.2 and want[19] < want[0] - 0.5  # it starts near log(257) and learns
     for ours, theirs in zip(got, want, strict=True):
         assert abs(ours - theirs) <= tolerance * abs(theirs)
 

@@ -90,13 +90,16 @@ def test_low_precision_is_within_twice_what_torch_loses(mask, dtype):
         assert_within_budget(ours, same, ref, factor=2.0 if index < 2 else 3.0)
 
 
-def test_memory_that_nothing_wrote_does_not_leak_into_results():
+@pytest.mark.parametrize("last_stride", [1, 2, 3])
+def test_memory_that_nothing_wrote_does_not_leak_into_results(last_stride):
     args = inputs(4, 2, torch.float64)
     padded = []
     for x in args:  # every tensor inside a larger one full of NaN, so strides are odd and neighbours poisonous
-        box = torch.full((2, T + 3, x.shape[2] + 1, 16 + 2), float("nan"), dtype=x.dtype)
-        box[:, 1 : T + 1, 1:, :16] = x
-        padded.append(box[:, 1 : T + 1, 1:, :16])
+        box = torch.full((2, T + 3, x.shape[2] + 1, 18, last_stride), float("nan"), dtype=x.dtype)
+        inner = box[:, 1 : T + 1, 1:, :16, 0]
+        inner.copy_(x)
+        assert inner.stride(-1) == last_stride
+        padded.append(inner)
     mask = MASKS["documents"]
     for got, want in zip(run("torch", *padded, mask), dense(*args, mask), strict=True):
         assert (got - want).abs().max() < 1e-12
