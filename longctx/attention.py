@@ -120,7 +120,8 @@ class ContextParallelAttention:
                 f"{self.layout}: make them with this object's `plans`"
             )
         tokens, ours = {plan.tokens for plan in plans}, q.shape[:2]
-        if tokens != {ours[1]} or k.shape[:2] != ours or v.shape[:2] != ours or k.shape[2] != v.shape[2]:
+        alike = k.shape[:2] == v.shape[:2] == ours and k.shape[2] == v.shape[2] and k.shape[3] == q.shape[3]
+        if tokens != {ours[1]} or not alike:
             raise ValueError(
                 f"q, k, v must be [B, T, H, D], [B, T, HK, D], [B, T, HK, Dv] with T = {sorted(tokens)} tokens, as "
                 f"planned; given {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
