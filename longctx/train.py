@@ -214,7 +214,7 @@ def closing_words(config: Config, overrides: Sequence[str], *, steps: int, world
     run_dir = Path(config.run_dir)
     kept = [override for override in overrides if not override.startswith(("train.steps=", "checkpoint.resume="))]
     command = shlex.join(["./launch/train.sh", *kept, f"train.steps={2 * steps}"])
-    again = " (the learning rate rises again: its curve is drawn over all train.steps)"
+    again = "\n  (the learning rate rises again: its curve is drawn over all train.steps)"
     return (
         f"finished {steps} steps\n"
         f"  checkpoints  {run_dir / 'checkpoints'}\n"
