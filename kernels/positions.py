@@ -47,8 +47,28 @@ class Piece:
         return self.begin + self.segment.count
 
 
+class Extent:
+    """Rows and columns of a block of a shard's score matrix, as slices; for classes with these four fields."""
+
+    __slots__ = ()
+    q_begin: int
+    q_count: int
+    k_begin: int
+    k_count: int
+
+    @property
+    def rows(self) -> slice:
+        """Return the queries, in shard-local indices."""
+        return slice(self.q_begin, self.q_begin + self.q_count)
+
+    @property
+    def columns(self) -> slice:
+        """Return the keys, in shard-local indices."""
+        return slice(self.k_begin, self.k_begin + self.k_count)
+
+
 @dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(Extent):
     """A q piece against a k piece, in shard-local indices, with a band.
 
     Row `i` (of `q_count`) sees column `j` (of `k_count`) iff `lo <= j - i <= hi`. Bounds are clamped to the tile, so a

@@ -23,7 +23,8 @@ class MicroBatch:
         positions: int64 `[T / cp]`, global positions of this rank's tokens.
         plans: what this rank computes at each hop; one for all rows or one per row.
         num_labels: labels that count, in this rank's shard.
-        visible_pairs: (query, key) pairs of the whole sequences, all ranks together.
+        visible_pairs: (query, key) pairs of the whole sequences on cp rank 0, 0 on the others: a sum over ranks
+            counts each sequence once.
     """
 
     tokens: Tensor
@@ -61,7 +62,7 @@ def shard_samples(
         positions=layout.positions(rank, total).to(device),
         plans=attention.plans(masks, total=total),
         num_labels=int((labels != IGNORED).sum()),
-        visible_pairs=sum(visible_pairs(mask, total=total) for mask in masks) if count_labels else 0,
+        visible_pairs=sum(visible_pairs(mask, total=total) for mask in masks) if count_labels and rank == 0 else 0,
     )
 
 

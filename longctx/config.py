@@ -54,11 +54,10 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Refuse impossible numbers."""
-        for name, least in (("steps", 1), ("global_batch", 1), ("micro_batch", 1), ("eval_every", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"train.{name} must be >= {least}; given {getattr(self, name)}")
-        if self.eval_samples < 0:
-            raise ValueError(f"train.eval_samples must be >= 0; given {self.eval_samples}")
+        least = {"steps": 1, "global_batch": 1, "micro_batch": 1, "eval_every": 0, "eval_samples": 0, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"train.{name} must be >= {bound}; given {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

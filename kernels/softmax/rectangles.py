@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from longctx.kernels.positions import Tile
+from longctx.kernels.positions import Extent, Tile
 
 BAND_ROWS_MIN, BAND_ROWS_MAX = 64, 512
 
 
 @dataclass(frozen=True, slots=True)
-class Rectangle:
+class Rectangle(Extent):
     """Rows `[q_begin, q_begin + q_count)` against columns `[k_begin, k_begin + k_count)`, in shard-local indices.
 
     kind: `full` (all pairs), `causal` (column j is seen by row i iff j <= i, both from the rectangle's corner), `band`

@@ -46,7 +46,7 @@ class ReferenceKernel:
         self, q: Tensor, k: Tensor, v: Tensor, *, tiles: Sequence[Tile], softmax_scale: float, partial: Partial
     ) -> None:
         for tile in tiles:
-            rows, columns = _rows(tile), _columns(tile)
+            rows, columns = tile.rows, tile.columns
             allowed = _band(tile, q.device)
             wide = accumulator_dtype(q.dtype)
             out, lse = dense_attention(
@@ -81,7 +81,7 @@ class ReferenceKernel:
         group = q.shape[2] // k.shape[2]
         delta = (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)  # [B, H, Tq]
         for tile in tiles:
-            rows, columns = _rows(tile), _columns(tile)
+            rows, columns = tile.rows, tile.columns
             q_tile, dout_tile = q[:, rows].to(wide), dout[:, rows].to(wide)
             k_tile = k[:, columns].to(wide).repeat_interleave(group, dim=2)
             v_tile = v[:, columns].to(wide).repeat_interleave(group, dim=2)
@@ -97,14 +97,6 @@ class ReferenceKernel:
 def _sum_groups(grad: Tensor, group: int) -> Tensor:
     """Sum the query heads of each KV head: `[B, T, H, D]` -> `[B, T, HK, D]`."""
     return grad.unflatten(2, (-1, group)).sum(3)
-
-
-def _rows(tile: Tile) -> slice:
-    return slice(tile.q_begin, tile.q_begin + tile.q_count)
-
-
-def _columns(tile: Tile) -> slice:
-    return slice(tile.k_begin, tile.k_begin + tile.k_count)
 
 
 def _band(tile: Tile, device: torch.device) -> Tensor:

@@ -31,7 +31,7 @@ class TorchKernel:
     ) -> None:
         q, k, v = (_with_dense_heads(x) for x in (q, k, v))
         for shape in self._rectangles(tiles):
-            rows, columns = _rows(shape), _columns(shape)
+            rows, columns = shape.rows, shape.columns
             out, lse = self._primitive.forward(
                 q[:, rows], k[:, columns], v[:, columns], shape=shape, scale=softmax_scale
             )
@@ -54,7 +54,7 @@ class TorchKernel:
     ) -> None:
         q, k, v, dout, out = (_with_dense_heads(x) for x in (q, k, v, dout, out))
         for shape in self._rectangles(tiles):
-            rows, columns = _rows(shape), _columns(shape)
+            rows, columns = shape.rows, shape.columns
             dq_part, dk_part, dv_part = self._primitive.backward(
                 q[:, rows],
                 k[:, columns],
@@ -77,11 +77,3 @@ class TorchKernel:
 def _with_dense_heads(x: Tensor) -> Tensor:
     """Return x with its last dim contiguous: ATen's flash kernels read it so, whatever its stride, and do not check."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _rows(shape: Rectangle) -> slice:
-    return slice(shape.q_begin, shape.q_begin + shape.q_count)
-
-
-def _columns(shape: Rectangle) -> slice:
-    return slice(shape.k_begin, shape.k_begin + shape.k_count)

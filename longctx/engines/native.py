@@ -69,9 +69,9 @@ class NativeEngine:
         """Run forward and backward on every micro-batch and one optimizer step (collective)."""
         self.model.train()
         set_lr(self.optimizer, lr)
-        # Every cp rank of a group counts the same whole sequences: one of them speaks for all.
-        pairs = sum(batch.visible_pairs for batch in micro_batches) if self._attention.transport.rank == 0 else 0
-        labels, all_pairs = self._sum([sum(batch.num_labels for batch in micro_batches), pairs])
+        labels, pairs = self._sum(
+            [sum(b.num_labels for b in micro_batches), sum(b.visible_pairs for b in micro_batches)]
+        )
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         for index, batch in enumerate(micro_batches):
             self._fsdp.set_requires_gradient_sync(index == len(micro_batches) - 1)
@@ -84,7 +84,7 @@ class NativeEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         dist.all_reduce(loss_sum)
-        return StepResult(loss_sum.item() / max(labels, 1), norm.item(), labels, all_pairs)
+        return StepResult(loss_sum.item() / max(labels, 1), norm.item(), labels, pairs)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
