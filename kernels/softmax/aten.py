@@ -9,20 +9,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longctx.kernels.contract import Request
+from longctx.kernels.contract import Request, Scores
+from longctx.kernels.softmax.delta import stand_in_out
 from longctx.kernels.softmax.rectangles import Rectangle
 
 aten = torch.ops.aten
 
 
 class Primitive(Protocol):
-    """One rectangle's attention by a library kernel."""
+    """One rectangle's attention: a row of it sees at least one of its keys."""
 
     square_causal: bool
 
     def unsupported(self, request: Request) -> str | None: ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scale: float) -> tuple[Tensor, Tensor]: ...
+    def row_term(self, dout: Tensor, delta: Tensor) -> Tensor:
+        """Return delta `[B, H, T]` in the form that `backward` takes, tokens in dim 1: once for all rectangles."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scores: Scores
+    ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
         self,
@@ -31,9 +38,9 @@ class Primitive(Protocol):
         v: Tensor,
         *,
         shape: Rectangle,
-        scale: float,
+        scores: Scores,
         dout: Tensor,
-        out: Tensor,
+        row_term: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -64,12 +71,17 @@ class CpuFlash:
     square_causal = False
 
     def unsupported(self, request: Request) -> str | None:
+        if request.softcap:
+            return "ATen's flash attention has no softcap"
         if request.head_dim != request.v_head_dim:
             given = f"given {request.head_dim} and {request.v_head_dim}"
             return f"ATen's CPU flash attention needs equal head dims for q and v; {given}"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scale: float) -> tuple[Tensor, Tensor]:
+    def row_term(self, dout: Tensor, delta: Tensor) -> Tensor:
+        return stand_in_out(dout, delta)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scores: Scores) -> tuple[Tensor, Tensor]:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -77,7 +89,7 @@ class CpuFlash:
             0.0,
             shape.kind == "causal",
             attn_mask=bias(shape, dtype=q.dtype, device=q.device),
-            scale=scale,
+            scale=scores.softmax_scale,
         )
         return out.transpose(1, 2), lse
 
@@ -88,9 +100,9 @@ class CpuFlash:
         v: Tensor,
         *,
         shape: Rectangle,
-        scale: float,
+        scores: Scores,
         dout: Tensor,
-        out: Tensor,
+        row_term: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -98,12 +110,12 @@ class CpuFlash:
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            out.transpose(1, 2),
+            row_term.transpose(1, 2),
             lse,
             0.0,
             shape.kind == "causal",
             attn_mask=bias(shape, dtype=q.dtype, device=q.device),
-            scale=scale,
+            scale=scores.softmax_scale,
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -118,6 +130,8 @@ class CudaFlash:
     square_causal = True
 
     def unsupported(self, request: Request) -> str | None:
+        if request.softcap:
+            return "ATen's flash attention has no softcap"
         if request.dtype == torch.float64:
             return "ATen has no float64 attention on CUDA that returns the lse"
         if request.head_dim != request.v_head_dim or request.head_dim % 8 or request.head_dim > 256:
@@ -127,10 +141,23 @@ class CudaFlash:
             )
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scale: float) -> tuple[Tensor, Tensor]:
+    def row_term(self, dout: Tensor, delta: Tensor) -> Tensor:
+        return stand_in_out(dout, delta)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scores: Scores) -> tuple[Tensor, Tensor]:
         if _flash_serves(q, shape):
             out, lse, *_ = aten._flash_attention_forward(
-                q, k, v, None, None, q.shape[1], k.shape[1], 0.0, shape.kind == "causal", False, scale=scale
+                q,
+                k,
+                v,
+                None,
+                None,
+                q.shape[1],
+                k.shape[1],
+                0.0,
+                shape.kind == "causal",
+                False,
+                scale=scores.softmax_scale,
             )
             return out, lse[:, :, : q.shape[1]]
         group = q.shape[2] // k.shape[2]
@@ -142,7 +169,7 @@ class CudaFlash:
             True,
             0.0,
             shape.kind == "causal",
-            scale=scale,
+            scale=scores.softmax_scale,
         )
         return out.transpose(1, 2), lse[:, :, : q.shape[1]]
 
@@ -153,9 +180,9 @@ class CudaFlash:
         v: Tensor,
         *,
         shape: Rectangle,
-        scale: float,
+        scores: Scores,
         dout: Tensor,
-        out: Tensor,
+        row_term: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -165,7 +192,7 @@ class CudaFlash:
                 q,
                 k,
                 v,
-                out.contiguous(),
+                row_term.contiguous(),
                 lse.contiguous(),
                 None,
                 None,
@@ -175,7 +202,7 @@ class CudaFlash:
                 shape.kind == "causal",
                 no_dropout,
                 no_dropout[0],
-                scale=scale,
+                scale=scores.softmax_scale,
             )
         group = q.shape[2] // k.shape[2]
         # The kernel reads lse in rows padded to a multiple of 32.
@@ -187,14 +214,14 @@ class CudaFlash:
             _expanded(k, group).transpose(1, 2),
             _expanded(v, group).transpose(1, 2),
             _expanded_bias(shape, q),
-            out.transpose(1, 2),
+            row_term.transpose(1, 2),
             padded,
             seed,
             seed,
             0.0,
             [True, True, True, False],
             shape.kind == "causal",
-            scale=scale,
+            scale=scores.softmax_scale,
         )
         dk = dk.transpose(1, 2).unflatten(2, (-1, group)).sum(3, dtype=torch.float32)
         dv = dv.transpose(1, 2).unflatten(2, (-1, group)).sum(3, dtype=torch.float32)

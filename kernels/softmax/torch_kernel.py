@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from longctx.kernels.contract import Request
+from longctx.kernels.contract import Request, Scores
 from longctx.kernels.merge import Partial, merge_into
 from longctx.kernels.positions import Tile
 from longctx.kernels.softmax.aten import Primitive
@@ -24,17 +24,17 @@ class TorchKernel:
         self._primitive = primitive
 
     def unsupported(self, request: Request) -> str | None:
+        if request.predicate:
+            return "an arbitrary predicate has no band: only the reference kernel evaluates it densely"
         return self._primitive.unsupported(request)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, tiles: Sequence[Tile], softmax_scale: float, partial: Partial
+        self, q: Tensor, k: Tensor, v: Tensor, *, tiles: Sequence[Tile], scores: Scores, partial: Partial
     ) -> None:
         q, k, v = (_with_dense_heads(x) for x in (q, k, v))
         for shape in self._rectangles(tiles):
             rows, columns = shape.rows, shape.columns
-            out, lse = self._primitive.forward(
-                q[:, rows], k[:, columns], v[:, columns], shape=shape, scale=softmax_scale
-            )
+            out, lse = self._primitive.forward(q[:, rows], k[:, columns], v[:, columns], shape=shape, scores=scores)
             merge_into(Partial(partial.out[:, rows], partial.lse[:, :, rows]), out, lse)
 
     def backward(
@@ -44,15 +44,16 @@ class TorchKernel:
         v: Tensor,
         *,
         tiles: Sequence[Tile],
-        softmax_scale: float,
+        scores: Scores,
         dout: Tensor,
-        out: Tensor,
+        delta: Tensor,
         lse: Tensor,
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,
     ) -> None:
-        q, k, v, dout, out = (_with_dense_heads(x) for x in (q, k, v, dout, out))
+        q, k, v, dout = (_with_dense_heads(x) for x in (q, k, v, dout))
+        row_term = self._primitive.row_term(dout, delta)
         for shape in self._rectangles(tiles):
             rows, columns = shape.rows, shape.columns
             dq_part, dk_part, dv_part = self._primitive.backward(
@@ -60,9 +61,9 @@ class TorchKernel:
                 k[:, columns],
                 v[:, columns],
                 shape=shape,
-                scale=softmax_scale,
+                scores=scores,
                 dout=dout[:, rows],
-                out=out[:, rows],
+                row_term=row_term[:, rows],
                 lse=lse[:, :, rows],
             )
             dq[:, rows] += dq_part

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from longctx.kernels.contract import Request
+from longctx.kernels.contract import Request, Scores
 from longctx.kernels.mask import causal, documents, full, sliding_window
 from longctx.kernels.merge import empty_partial
 from longctx.kernels.positions import Segment, cut
 from longctx.kernels.softmax.aten import CudaFlash
+from longctx.kernels.softmax.delta import row_delta
 from longctx.kernels.softmax.op import resolve_kernel
 from longctx.kernels.softmax.rectangles import Rectangle
 from longctx.kernels.softmax.reference import dense_attention
@@ -43,18 +44,18 @@ def run(name: str, q, k, v, dout, mask, device: str = "cpu") -> list[torch.Tenso
     kernel = resolve_kernel(name, request)
     whole = cut((Segment(0, 1, q.shape[1]),), mask.bounds(q.shape[1]))
     tiles = tiles_between(whole, whole, mask=mask)
-    scale = q.shape[-1] ** -0.5
+    scores = Scores(softmax_scale=q.shape[-1] ** -0.5)
     partial = empty_partial(q, v_head_dim=v.shape[-1])
-    kernel.forward(q, k, v, tiles=tiles, softmax_scale=scale, partial=partial)
+    kernel.forward(q, k, v, tiles=tiles, scores=scores, partial=partial)
     grads = [torch.zeros(x.shape, dtype=partial.out.dtype, device=x.device) for x in (q, k, v)]
     kernel.backward(
         q,
         k,
         v,
         tiles=tiles,
-        softmax_scale=scale,
+        scores=scores,
         dout=dout,
-        out=partial.out.to(q.dtype),
+        delta=row_delta(dout, partial.out.to(q.dtype)),
         lse=partial.lse,
         dq=grads[0],
         dk=grads[1],
@@ -114,12 +115,22 @@ def test_rows_without_keys_stay_zero_and_give_no_gradient(kernel):
     queries, keys = (cut((Segment(start, 1, T),), (0, T + 20)) for start in (0, 20))
     tiles = tiles_between(queries, keys, mask=causal())
     partial = empty_partial(q, v_head_dim=16)
-    local.forward(q, k, v, tiles=tiles, softmax_scale=0.25, partial=partial)
+    local.forward(q, k, v, tiles=tiles, scores=Scores(softmax_scale=0.25), partial=partial)
     assert torch.isneginf(partial.lse[:, :, :20]).all() and torch.isfinite(partial.lse[:, :, 20:]).all()
     assert (partial.out[:, :20] == 0).all()
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     local.backward(
-        q, k, v, tiles=tiles, softmax_scale=0.25, dout=dout, out=partial.out, lse=partial.lse, dq=dq, dk=dk, dv=dv
+        q,
+        k,
+        v,
+        tiles=tiles,
+        scores=Scores(softmax_scale=0.25),
+        dout=dout,
+        delta=row_delta(dout, partial.out),
+        lse=partial.lse,
+        dq=dq,
+        dk=dk,
+        dv=dv,
     )
     assert (dq[:, :20] == 0).all()
     assert all(torch.isfinite(x).all() for x in (dq, dk, dv))
@@ -159,8 +170,10 @@ def test_the_cuda_calls_fit_this_torchs_signatures(dtype, kind):
     q = torch.empty(2, 64, 4, 32, dtype=dtype, device="meta")
     k, v = (torch.empty(2, 64, 2, 32, dtype=dtype, device="meta") for _ in range(2))
     shape, primitive = Rectangle(kind, 0, 64, 0, 64, -8, 0), CudaFlash()
-    out, lse = primitive.forward(q, k, v, shape=shape, scale=0.5)
+    out, lse = primitive.forward(q, k, v, shape=shape, scores=Scores(softmax_scale=0.5))
     assert out.shape == q.shape and out.dtype == dtype
     assert lse.shape == (2, 4, 64) and lse.dtype == torch.float32
-    grads = primitive.backward(q, k, v, shape=shape, scale=0.5, dout=torch.empty_like(q), out=out, lse=lse)
+    grads = primitive.backward(
+        q, k, v, shape=shape, scores=Scores(softmax_scale=0.5), dout=torch.empty_like(q), row_term=out, lse=lse
+    )
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
