@@ -1,4 +1,4 @@
-"""Positions as arithmetic progressions, and the banded tiles between two of them. Integers only, no torch.
+"""Positions as arithmetic progressions, and the banded tiles between two of them. Integers only.
 
 A rank's tokens are a few `Segment`s of global positions. Between two segments of equal stride every mask that looks at
 `k_position - q_position` alone is a band `lo <= j - i <= hi` on local indices, so a layout is data and not code.
@@ -8,6 +8,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longctx.kernels.predicate import TilePredicate
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,8 @@ class Tile(Extent):
 
     Row `i` (of `q_count`) sees column `j` (of `k_count`) iff `lo <= j - i <= hi`. Bounds are clamped to the tile, so a
     tile is full iff `lo == 1 - q_count` and `hi == k_count - 1`. A tile with nothing visible is never made.
+
+    Of the band, `predicate` lets through some pairs only; None = all. A kernel that cannot evaluate it must refuse.
     """
 
     q_begin: int
@@ -81,15 +87,18 @@ class Tile(Extent):
     k_count: int
     lo: int
     hi: int
+    predicate: "TilePredicate | None" = None
 
     @property
     def full(self) -> bool:
-        """Tell whether every row sees every column."""
-        return self.lo <= 1 - self.q_count and self.hi >= self.k_count - 1
+        """Tell whether every row is known to see every column."""
+        return self.predicate is None and self.lo <= 1 - self.q_count and self.hi >= self.k_count - 1
 
     @property
     def pairs(self) -> int:
-        """Return the number of visible (row, column) pairs: the tile's work."""
+        """Return the number of visible (row, column) pairs: the tile's work. A predicate is evaluated for it."""
+        if self.predicate is not None:
+            return self.predicate.count(lo=self.lo, hi=self.hi)
         return _pairs_at_most(self.q_count, self.k_count, self.hi) - _pairs_at_most(
             self.q_count, self.k_count, self.lo - 1
         )
