@@ -4,7 +4,6 @@ All tensors are `[B, T, H, D]`; ATen wants `[B, H, T, D]` and honours strides, s
 """
 
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,35 +13,6 @@ from longctx.kernels.softmax.delta import stand_in_out
 from longctx.kernels.softmax.rectangles import Rectangle
 
 aten = torch.ops.aten
-
-
-class Primitive(Protocol):
-    """One rectangle's attention: a row of it sees at least one of its keys."""
-
-    square_causal: bool
-
-    def unsupported(self, request: Request) -> str | None: ...
-
-    def row_term(self, dout: Tensor, delta: Tensor) -> Tensor:
-        """Return delta `[B, H, T]` in the form that `backward` takes, tokens in dim 1: once for all rectangles."""
-        ...
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scores: Scores
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        shape: Rectangle,
-        scores: Scores,
-        dout: Tensor,
-        row_term: Tensor,
-        lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def bias(shape: Rectangle, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:

@@ -1,7 +1,7 @@
 """`delta = rowsum(dout * out)`, and an `out` made up from it for library kernels that insist on forming it themselves.
 
 The gradient of the scores is `ds = p * (dout v^T - delta)`: a backward needs nothing else of `out`, and library
-backwards read `out` for delta only. A schedule that moves queries can so send delta, one number per row, instead of out.
+backwards read `out` for delta only. A schedule that moves queries can so send delta, one number per row, and not out.
 """
 
 import torch

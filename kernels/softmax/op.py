@@ -2,17 +2,26 @@
 
 from longctx.kernels.contract import LocalKernel, Request
 from longctx.kernels.softmax.aten import CpuFlash, CudaFlash
+from longctx.kernels.softmax.blocked import Blocked
+from longctx.kernels.softmax.primitive import Primitive
 from longctx.kernels.softmax.reference import ReferenceKernel
 from longctx.kernels.softmax.torch_kernel import TorchKernel
 
 KERNELS = ("auto", "torch", "reference")
 
 
+def choose_primitive(request: Request) -> Primitive:
+    """Return ATen's flash attention where it serves the request, else the blocked matrix products."""
+    library: Primitive = CudaFlash() if request.device_type == "cuda" else CpuFlash()
+    return library if library.unsupported(request) is None else Blocked()
+
+
 def resolve_kernel(name: str, request: Request) -> LocalKernel:
     """Return the kernel that serves `request`.
 
     Args:
-        name: `torch` (ATen flash attention), `reference`, or `auto` (the first that serves the request, in that order).
+        name: `torch` (everything but predicates), `reference`, or `auto` (the first that serves the request, in that
+            order).
 
     Raises:
         ValueError: an unknown name, or a named kernel that cannot serve the request (with its reason).
@@ -20,7 +29,7 @@ def resolve_kernel(name: str, request: Request) -> LocalKernel:
     if name not in KERNELS:
         raise ValueError(f"attention.kernel={name} is not known; known are {', '.join(KERNELS)}")
     candidates: dict[str, LocalKernel] = {
-        "torch": TorchKernel(CudaFlash() if request.device_type == "cuda" else CpuFlash()),
+        "torch": TorchKernel(choose_primitive(request)),
         "reference": ReferenceKernel(),
     }
     if name == "auto":

@@ -8,6 +8,7 @@ from torch import Tensor
 from longctx.kernels.contract import Request, Scores
 from longctx.kernels.merge import Partial, accumulator_dtype, merge_into
 from longctx.kernels.positions import Tile
+from longctx.kernels.tiles import visible
 
 
 def dense_attention(
@@ -67,7 +68,7 @@ class ReferenceKernel:
                 q[:, rows].to(wide),
                 k[:, columns].to(wide),
                 v[:, columns].to(wide),
-                allowed=_band(tile, q.device),
+                allowed=visible(tile, device=q.device),
                 softmax_scale=scores.softmax_scale,
                 softcap=scores.softcap,
             )
@@ -104,7 +105,7 @@ class ReferenceKernel:
             s = torch.einsum("bqhd,bkhd->bhqk", q_tile, k_tile) * scale
             if cap is not None:
                 s = cap * torch.tanh(s / cap)
-            weights = torch.exp(s - lse[:, :, rows, None]).masked_fill(~_band(tile, q.device), 0.0)
+            weights = torch.exp(s - lse[:, :, rows, None]).masked_fill(~visible(tile, device=q.device), 0.0)
             dweights = torch.einsum("bqhd,bkhd->bhqk", dout_tile, v_tile)
             ds = weights * (dweights - delta[:, :, rows, None]) * scale
             if cap is not None:
@@ -117,10 +118,3 @@ class ReferenceKernel:
 def _sum_groups(grad: Tensor, group: int) -> Tensor:
     """Sum the query heads of each KV head: `[B, T, H, D]` -> `[B, T, HK, D]`."""
     return grad.unflatten(2, (-1, group)).sum(3)
-
-
-def _band(tile: Tile, device: torch.device) -> Tensor:
-    """Return the tile's visible pairs, bool `[q_count, k_count]`."""
-    i = torch.arange(tile.q_count, device=device)[:, None]
-    j = torch.arange(tile.k_count, device=device)[None, :]
-    return (j - i >= tile.lo) & (j - i <= tile.hi)

@@ -1,4 +1,4 @@
-"""The `torch` kernel: any tile list through ATen's flash attention, partials merged in float32.
+"""The `torch` kernel: any list of banded tiles through a primitive, partials merged in float32.
 
 ATen rounds each rectangle's `out` and gradients to the input dtype; the sums over rectangles and hops stay float32.
 With bfloat16 inputs the error does not grow with the number of partials (docs/numerics.md has the measurement).
@@ -11,12 +11,12 @@ from torch import Tensor
 from longctx.kernels.contract import Request, Scores
 from longctx.kernels.merge import Partial, merge_into
 from longctx.kernels.positions import Tile
-from longctx.kernels.softmax.aten import Primitive
+from longctx.kernels.softmax.primitive import Primitive
 from longctx.kernels.softmax.rectangles import Rectangle, rectangles
 
 
 class TorchKernel:
-    """Serve tiles by splitting them into rectangles for a library primitive."""
+    """Serve tiles by splitting them into rectangles for a primitive."""
 
     name = "torch"
 
@@ -71,6 +71,7 @@ class TorchKernel:
             dv[:, columns] += dv_part
 
     def _rectangles(self, tiles: Sequence[Tile]) -> list[Rectangle]:
+        assert all(tile.predicate is None for tile in tiles), "a rectangle has no predicate"  # see `unsupported`
         square = self._primitive.square_causal
         return [shape for tile in tiles for shape in rectangles(tile, square_causal=square)]
 

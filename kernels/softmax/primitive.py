@@ -1,0 +1,37 @@
+"""What computes one rectangle for the `torch` kernel: ATen's flash attention (`aten.py`) or `blocked.py`."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from longctx.kernels.contract import Request, Scores
+from longctx.kernels.softmax.rectangles import Rectangle
+
+
+class Primitive(Protocol):
+    """One rectangle's attention: a row of it sees at least one of its keys."""
+
+    square_causal: bool
+
+    def unsupported(self, request: Request) -> str | None: ...
+
+    def row_term(self, dout: Tensor, delta: Tensor) -> Tensor:
+        """Return delta `[B, H, T]` in the form that `backward` takes, tokens in dim 1: once for all rectangles."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scores: Scores
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        shape: Rectangle,
+        scores: Scores,
+        dout: Tensor,
+        row_term: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
