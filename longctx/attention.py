@@ -1,65 +1,26 @@
 """THE composition: attention = token layout x communication schedule x mask x local kernel.
 
-The schedule brings K/V shards, the plan (layout and mask) says which tiles to compute, the kernel computes them. The
-four meet here and nowhere else.
+The schedule brings shards, the plan (layout and mask) says which tiles to compute, the kernel computes them. The four
+meet here and in `attention_function.py`, which runs them, and nowhere else.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from longctx.kernels.contract import LocalKernel, Request
-from longctx.kernels.mask import Mask, causal, documents
-from longctx.kernels.merge import Partial, accumulator_dtype, empty_partial
-from longctx.kernels.softmax.op import KERNELS, resolve_kernel
+from longctx.attention_function import Attention, Call
+from longctx.kernels.contract import Request, Scores
+from longctx.kernels.mask import HeadMasks, Mask, causal
+from longctx.kernels.softmax.op import resolve_kernel
+from longctx.parallel.heads import HeadSplit
 from longctx.parallel.layout import Layout
-from longctx.parallel.plan import Plan, plans_for
+from longctx.parallel.plan import Plan, plan
 from longctx.parallel.registry import resolve_schedule
-from longctx.parallel.schedule import Schedule
-from longctx.parallel.transport import Transport
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """The four factors, by name.
-
-    Attributes:
-        layout: `contiguous`, `zigzag` or `striped`: which positions a rank owns.
-        width: tokens per stripe; `striped` only.
-        schedule: `ring` or `local`: whose K/V arrives when.
-        documents: hide other documents of a packed sequence.
-        kernel: `auto`, `torch` or `reference`: who computes a tile.
-    """
-
-    layout: str = "striped"
-    width: int = 1
-    schedule: str = "ring"
-    documents: bool = True
-    kernel: str = "auto"
-
-    def validate(self) -> None:
-        """Refuse unknown names and impossible products."""
-        self.make_layout(cp=1)
-        schedule = resolve_schedule(self.schedule)
-        if not schedule.distributed and self.layout != "contiguous":
-            raise ValueError(
-                f"attention.schedule={self.schedule} keeps a sequence on one rank in its order, so attention.layout "
-                f"must be contiguous; given {self.layout}. Use attention.schedule=ring for layout {self.layout}"
-            )
-        if self.kernel not in KERNELS:
-            raise ValueError(f"attention.kernel={self.kernel} is not known; known are {', '.join(KERNELS)}")
-
-    def make_layout(self, cp: int) -> Layout:
-        """Return the token layout over `cp` ranks."""
-        return Layout(self.layout, cp, self.width)  # type: ignore[arg-type]
-
-    def mask(self, cu_seqlens: Sequence[int]) -> Mask:
-        """Return the causal mask of one packed sequence with these document bounds."""
-        return causal() & documents(tuple(cu_seqlens)) if self.documents else causal()
+from longctx.parallel.schedule import Schedule, Shape
+from longctx.parallel.transport import Alone, ProcessGroupTransport, Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,127 +37,202 @@ class ContextParallelAttention:
             raise ValueError(
                 f"the layout is for cp={self.layout.cp}, the transport's group has {self.transport.size} rank(s)"
             )
-        if self.transport.size > 1 and not self.schedule.distributed:
-            raise ValueError(
-                f"attention.schedule={self.schedule.name} keeps a sequence on one rank; the group has "
-                f"{self.transport.size}. Use attention.schedule=ring"
-            )
+        self.schedule.teams(self.transport.size)
 
-    def plans(self, masks: Sequence[Mask], *, total: int) -> tuple[Plan, ...]:
-        """Return this rank's plans for a micro-batch: one for all rows, or one per row where their masks differ."""
-        return plans_for(self.layout, masks, self.schedule, rank=self.transport.rank, total=total)
+    def plan(self, masks: Sequence[Mask | HeadMasks], *, total: int) -> Plan:
+        """Return this rank's plan for a micro-batch of sequences of `total` tokens.
+
+        Args:
+            masks: one for all rows of the batch, or one per row.
+        """
+        if not masks:
+            raise ValueError("need one mask, or one per row; given none")
+        return plan(self.layout, tuple(masks), self.schedule, rank=self.transport.rank, total=total)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, plans: Sequence[Plan], softmax_scale: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Attend this rank's queries to every rank's keys that the plans' masks let them see.
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        plan: Plan,
+        softmax_scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attend this rank's queries to every rank's keys that the plan's masks let them see.
 
         All ranks of the group call it together, forward and backward.
 
         Args:
             q: `[B, T, H, D]` with T this rank's tokens in the layout's order.
             k, v: `[B, T, HK, D]` and `[B, T, HK, Dv]`; HK divides H.
-            plans: from `plans`; one, or one per row.
+            plan: from `plan`, for one row or for as many rows as the batch has.
             softmax_scale: default `D ** -0.5`.
+            softcap: scores s become `softcap * tanh(s / softcap)`.
+            sink_logits: `[H]`, a logit per head that joins the softmax and has no value (gpt-oss). The gradient is this
+                rank's share, as that of any parameter: sum it over the ranks.
 
         Returns:
-            out `[B, T, H, Dv]` in q's dtype, and lse `[B, H, T]` (float32, not differentiable).
+            out `[B, T, H, Dv]` in q's dtype.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit each other or the plan, heads that the schedule cannot split,
+                or a kernel that cannot serve the request.
         """
+        return self._apply(q, k, v, sink_logits, plan, softmax_scale, softcap, wants_lse=False)[0]
+
+    def with_lse(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        plan: Plan,
+        softmax_scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Do the same and return lse `[B, H, T]` too (accumulators' dtype, sinks included, not differentiable)."""
+        return self._apply(q, k, v, sink_logits, plan, softmax_scale, softcap, wants_lse=True)
+
+    def _apply(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink_logits: Tensor | None,
+        plan: Plan,
+        softmax_scale: float | None,
+        softcap: float | None,
+        *,
+        wants_lse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        self._check(q, k, v, sink_logits, plan)
+        heads, kv_heads = q.shape[2], k.shape[2]
+        split = HeadSplit(heads, kv_heads, plan.teams.size)
         request = Request(
             device_type=q.device.type,
             dtype=q.dtype,
             head_dim=q.shape[-1],
             v_head_dim=v.shape[-1],
-            num_heads=q.shape[2],
-            num_kv_heads=k.shape[2],
+            num_heads=len(split.q(0)),
+            num_kv_heads=len(split.kv(0)),
+            softcap=softcap is not None,
+            predicate=any(
+                not each.banded
+                for mask in plan.masks
+                for each in (mask.masks if isinstance(mask, HeadMasks) else (mask,))
+            ),
         )
+        shape = Shape(heads=heads, kv_heads=kv_heads, head_dim=q.shape[-1], v_head_dim=v.shape[-1], dtype=q.dtype)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        call = Call(
+            plan=plan,
+            transport=self.transport,
+            kernel=resolve_kernel(self.kernel, request),
+            scores=Scores(softmax_scale=scale, softcap=softcap),
+            split=split,
+            moves_queries=self.schedule.moves_queries(shape),
+            wants_lse=wants_lse,
+        )
+        return Attention.apply(q, k, v, sink_logits, call)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, plan: Plan) -> None:
         if len({q.dtype, k.dtype, v.dtype}) != 1:
             raise ValueError(f"q, k, v must have one dtype; given {q.dtype}, {k.dtype}, {v.dtype}")
-        if not plans or len(plans) not in (1, q.shape[0]):
-            raise ValueError(f"need one plan or one per row; given {len(plans)} for a batch of {q.shape[0]}")
-        if any(plan.layout != self.layout or plan.rank != self.transport.rank for plan in plans):
+        if (plan.layout, plan.schedule, plan.rank) != (self.layout, self.schedule, self.transport.rank):
             raise ValueError(
-                f"the plans are rank {plans[0].rank}'s for {plans[0].layout}; this is rank {self.transport.rank} with "
-                f"{self.layout}: make them with this object's `plans`"
+                f"the plan is rank {plan.rank}'s for {plan.layout} and {plan.schedule}; this is rank "
+                f"{self.transport.rank} with {self.layout} and {self.schedule}: make it with this object's `plan`"
             )
-        tokens, ours = {plan.tokens for plan in plans}, q.shape[:2]
-        alike = k.shape[:2] == v.shape[:2] == ours and k.shape[2] == v.shape[2] and k.shape[3] == q.shape[3]
-        if tokens != {ours[1]} or not alike:
+        fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:2] == v.shape[:2] == q.shape[:2]
+        if not fits or k.shape[2] != v.shape[2] or k.shape[3] != q.shape[3] or q.shape[1] != plan.tokens:
             raise ValueError(
-                f"q, k, v must be [B, T, H, D], [B, T, HK, D], [B, T, HK, Dv] with T = {sorted(tokens)} tokens, as "
+                f"q, k, v must be [B, T, H, D], [B, T, HK, D], [B, T, HK, Dv] with T = {plan.tokens} tokens, as "
                 f"planned; given {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
             )
-        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        call = _Call(self.schedule, self.transport, resolve_kernel(self.kernel, request), tuple(plans), scale)
-        return _Attention.apply(q, k, v, call)
+        if len(plan.masks) not in (1, q.shape[0]):
+            raise ValueError(f"need one mask or one per row; given {len(plan.masks)} for a batch of {q.shape[0]}")
+        heads, kv_heads = q.shape[2], k.shape[2]
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads; given {heads} and {kv_heads} "
+                "(model.num_heads, model.num_kv_heads)"
+            )
+        self.schedule.check(self.layout.cp, heads=heads, kv_heads=kv_heads)
+        for mask in plan.masks:
+            if isinstance(mask, HeadMasks) and len(mask.masks) != heads:
+                raise ValueError(f"the mask has {len(mask.masks)} heads, q has {heads}")
+        if sink_logits is not None and sink_logits.shape != (heads,):
+            raise ValueError(f"sink_logits must be [H] = [{heads}]; given {tuple(sink_logits.shape)}")
 
 
-@dataclass(frozen=True)
-class _Call:
-    schedule: Schedule
-    transport: Transport
-    kernel: LocalKernel
-    plans: tuple[Plan, ...]
-    softmax_scale: float
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: Layout | str = "striped",
+    schedule: Schedule | str = "ring",
+    mask: Mask | HeadMasks | Sequence[Mask | HeadMasks] | None = None,
+    group: dist.ProcessGroup | Transport | None = None,
+    kernel: str = "auto",
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute exact attention over sequences whose tokens are shared by the ranks of `group`: for any model.
 
-    def rows(self) -> list[tuple[slice, Plan]]:
-        """Return which batch rows each plan serves."""
-        if len(self.plans) == 1:
-            return [(slice(None), self.plans[0])]
-        return [(slice(row, row + 1), plan) for row, plan in enumerate(self.plans)]
+    All ranks of the group call it together, forward and backward, with the same masks and options.
+
+    Args:
+        q: `[B, T, H, D]` with T this rank's tokens, in the layout's order: `Layout.shard` cuts whole tensors, and
+            `Layout.positions` gives the global positions, for RoPE.
+        k, v: `[B, T, HK, D]` and `[B, T, HK, Dv]`; HK divides H.
+        layout: a `Layout`, or its name: `contiguous`, `zigzag`, `striped`.
+        schedule: a schedule, or its name with default options: see `parallel.registry.resolve_schedule`.
+        mask: one for all rows, or a sequence with one per row; default causal. `kernels.mask` has them.
+        group: the context-parallel process group; None = this process alone has whole sequences.
+        kernel: `auto`, `torch` or `reference`.
+        softmax_scale: default `D ** -0.5`.
+        softcap: scores s become `softcap * tanh(s / softcap)`.
+        sink_logits: `[H]`; its gradient is this rank's share, like any parameter's: sum it over the ranks.
+        return_lse: return `(out, lse)`.
+
+    Returns:
+        out `[B, T, H, Dv]` in q's dtype; with `return_lse` also lse `[B, H, T]`, not differentiable.
+
+    Raises:
+        ValueError: shapes that do not fit each other, heads or ranks that the schedule cannot split, an option that the
+            kernel cannot serve; before anything is sent.
+    """
+    transport = _transport(group)
+    if isinstance(layout, str):
+        layout = Layout(layout, transport.size)  # type: ignore[arg-type]
+    if isinstance(schedule, str):
+        schedule = resolve_schedule(schedule, cp=transport.size, heads=q.shape[2])
+    masks = [causal()] if mask is None else [mask] if isinstance(mask, Mask | HeadMasks) else list(mask)
+    attention = ContextParallelAttention(layout=layout, schedule=schedule, transport=transport, kernel=kernel)
+    attend = attention.with_lse if return_lse else attention
+    return attend(
+        q,
+        k,
+        v,
+        plan=attention.plan(masks, total=q.shape[1] * layout.cp),
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once, rather than at every hop
-        partial = empty_partial(q, v_head_dim=v.shape[-1])
+def _transport(group: dist.ProcessGroup | Transport | None) -> Transport:
+    if group is None:
+        return Alone()
+    return _of_group(group) if isinstance(group, dist.ProcessGroup) else group
 
-        def attend(source: int, k_shard: Tensor, v_shard: Tensor) -> None:
-            for rows, plan in call.rows():
-                call.kernel.forward(
-                    q[rows],
-                    k_shard[rows],
-                    v_shard[rows],
-                    tiles=plan.tiles_of(source),
-                    softmax_scale=call.softmax_scale,
-                    partial=Partial(partial.out[rows], partial.lse[rows]),
-                )
 
-        call.schedule.forward(call.transport, k, v, attend=attend)
-        out = partial.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, partial.lse)
-        ctx.call = call
-        ctx.mark_non_differentiable(partial.lse)
-        return out, partial.lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, lse = ctx.saved_tensors
-        call: _Call = ctx.call
-        dout = dout.contiguous()
-        wide = accumulator_dtype(q.dtype)
-        dq = torch.zeros(q.shape, dtype=wide, device=q.device)
-
-        def attend(source: int, k_shard: Tensor, v_shard: Tensor) -> tuple[Tensor, Tensor]:
-            dk = torch.zeros(k_shard.shape, dtype=wide, device=k_shard.device)
-            dv = torch.zeros(v_shard.shape, dtype=wide, device=v_shard.device)
-            for rows, plan in call.rows():
-                call.kernel.backward(
-                    q[rows],
-                    k_shard[rows],
-                    v_shard[rows],
-                    tiles=plan.tiles_of(source),
-                    softmax_scale=call.softmax_scale,
-                    dout=dout[rows],
-                    out=out[rows],
-                    lse=lse[rows],
-                    dq=dq[rows],
-                    dk=dk[rows],
-                    dv=dv[rows],
-                )
-            return dk, dv
-
-        dk, dv = call.schedule.backward(call.transport, k, v, attend=attend)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+@lru_cache(maxsize=16)  # on nccl making one is a collective call
+def _of_group(group: dist.ProcessGroup) -> ProcessGroupTransport:
+    return ProcessGroupTransport(group)

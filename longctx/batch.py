@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longctx.attention import AttentionConfig, ContextParallelAttention
+from longctx.attention import ContextParallelAttention
+from longctx.attention_config import AttentionConfig
 from longctx.data.batches import sample_indices
 from longctx.data.stream import PackedStream, Sample
 from longctx.loss import IGNORED
-from longctx.parallel.plan import Plan, visible_pairs
+from longctx.parallel.balance import visible_pairs
+from longctx.parallel.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class MicroBatch:
     Attributes:
         tokens, labels: int64 `[B, T / cp]`; labels were shifted before sharding.
         positions: int64 `[T / cp]`, global positions of this rank's tokens.
-        plans: what this rank computes at each hop; one for all rows or one per row.
+        plan: what this rank computes at each hop.
         num_labels: labels that count, in this rank's shard.
         visible_pairs: (query, key) pairs of the whole sequences on cp rank 0, 0 on the others: a sum over ranks
             counts each sequence once.
@@ -30,7 +32,7 @@ class MicroBatch:
     tokens: Tensor
     labels: Tensor
     positions: Tensor
-    plans: tuple[Plan, ...]
+    plan: Plan
     num_labels: int
     visible_pairs: int
 
@@ -50,9 +52,11 @@ def shard_samples(
     """
     rank, layout = attention.transport.rank, attention.layout
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
-    labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))
+    labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))  # a copy
     total = tokens.shape[1]
     masks = [config.mask(sample.cu_seqlens) for sample in samples]
+    for row, sample in zip(labels, samples, strict=True):
+        config.hide_visible_labels(row, sample.cu_seqlens)
     labels = layout.shard(labels, rank=rank, dim=1)
     if not count_labels:
         labels = torch.full_like(labels, IGNORED)
@@ -60,7 +64,7 @@ def shard_samples(
         tokens=layout.shard(tokens, rank=rank, dim=1).to(device),
         labels=labels.to(device),
         positions=layout.positions(rank, total).to(device),
-        plans=attention.plans(masks, total=total),
+        plan=attention.plan(masks, total=total),
         num_labels=int((labels != IGNORED).sum()),
         visible_pairs=sum(visible_pairs(mask, total=total) for mask in masks) if count_labels and rank == 0 else 0,
     )

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longctx.attention import AttentionConfig
+from longctx.attention_config import AttentionConfig
 from longctx.checkpoint.config import CheckpointConfig
 from longctx.data.config import DataConfig
 from longctx.engines.engine import EngineConfig
@@ -80,6 +80,7 @@ class Config:
         for part in (self.attention, self.model, self.data, self.engine, self.optim, self.checkpoint, self.logger):
             part.validate()
         self.train.validate()
+        self.attention.check_heads(self.model.num_heads)
         check_schedule(self.optim, total_steps=self.train.steps)
         if not self.run_dir.strip():
             raise ValueError("run_dir is empty; give the directory for checkpoints and logs")

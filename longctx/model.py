@@ -2,8 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 from longctx.rope import apply_rope, rope_table
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 RopeTable = tuple[Tensor, Tensor]
+
+
+class Attend(Protocol):
+    """Somebody's attention: `q [B, T, H, D]`, `k, v [B, T, HK, D]`, `sink_logits [H]` -> out `[B, T, H, D]`."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, sink_logits: Tensor | None) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,8 @@ class ModelConfig:
         rope_theta: base of the rotary frequencies.
         norm_eps: RMSNorm epsilon.
         qk_norm: `none` or `head`: RMSNorm of each head of q and k before RoPE (Qwen3).
+        softcap: attention scores s become softcap * tanh(s / softcap) (Gemma 2); null = no cap.
+        sink_logits: learn a logit per head and block that takes part in the softmax and has no value (gpt-oss).
         tie_embeddings: use the embedding as output projection.
         init_std: standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers).
     """
@@ -43,6 +50,8 @@ class ModelConfig:
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
     qk_norm: str = "none"
+    softcap: float | None = None
+    sink_logits: bool = False
     tie_embeddings: bool = False
     init_std: float = 0.02
 
@@ -70,6 +79,8 @@ class ModelConfig:
             raise ValueError(f"RoPE needs an even head size; given {self.head_size} (model.head_dim)")
         if self.qk_norm not in ("none", "head"):
             raise ValueError(f"model.qk_norm={self.qk_norm} is not known; known are none, head")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"model.softcap must be > 0 and finite, or null; given {self.softcap}")
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name} must be > 0 and finite; given {getattr(self, name)}")
@@ -101,13 +112,14 @@ class SelfAttention(nn.Module):
         normed = config.qk_norm == "head"
         self.q_norm = RMSNorm(self.head_size, eps=config.norm_eps) if normed else nn.Identity()
         self.k_norm = RMSNorm(self.head_size, eps=config.norm_eps) if normed else nn.Identity()
+        self.sink_logits = nn.Parameter(torch.zeros(config.num_heads)) if config.sink_logits else None
 
     def forward(self, x: Tensor, *, rope: RopeTable, attend: Attend) -> Tensor:
         heads = (-1, self.head_size)
         q = self.q_norm(self.q_proj(x).unflatten(-1, heads))  # [B, T, H, D]
         k = self.k_norm(self.k_proj(x).unflatten(-1, heads))  # [B, T, HK, D]
         v = self.v_proj(x).unflatten(-1, heads)
-        out = attend(apply_rope(q, rope), apply_rope(k, rope), v)
+        out = attend(apply_rope(q, rope), apply_rope(k, rope), v, sink_logits=self.sink_logits)
         return self.o_proj(out.flatten(-2))
 
 
@@ -159,7 +171,7 @@ class Decoder(nn.Module):
         Args:
             tokens: int64 `[B, T]`.
             positions: int64 `[T]`, the tokens' global positions.
-            attend: `(q [B, T, H, D], k, v [B, T, HK, D]) -> out [B, T, H, D]`, called once per block.
+            attend: somebody's attention, called once per block.
         """
         x = self.embedding(tokens)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -183,8 +195,8 @@ def initial_weight(name: str, shape: torch.Size, *, config: ModelConfig, seed: i
     Independent of the other parameters, of the mesh and of who owns which shard: every launch of a seed starts from the
     same model.
     """
-    if len(shape) == 1:
-        return torch.ones(shape)
+    if len(shape) == 1:  # norms are neutral at 1, logits at 0
+        return torch.zeros(shape) if name.endswith("sink_logits") else torch.ones(shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     residual = name.endswith(("o_proj.weight", "down_proj.weight"))

@@ -25,9 +25,9 @@ from longctx.engines.engine import DTYPES, Engine
 from longctx.kernels.contract import LocalKernel, Request
 from longctx.kernels.softmax.op import resolve_kernel
 from longctx.model import ModelConfig
-from longctx.parallel.mesh import Degrees, build_mesh, resolve_degrees
+from longctx.parallel.layout import Layout
+from longctx.parallel.mesh import Degrees, build_far_group, build_mesh, resolve_degrees
 from longctx.parallel.ranks import Ranks
-from longctx.parallel.registry import resolve_schedule
 from longctx.parallel.transport import ProcessGroupTransport
 
 
@@ -50,16 +50,17 @@ class Run:
         return self.config.train.global_batch * self.config.data.seq_len
 
 
-def check_world(config: Config, *, world_size: int) -> Degrees:
+def check_world(config: Config, *, world_size: int, per_machine: int) -> Degrees:
     """Resolve the mesh and refuse what does not fit it, before any process group exists."""
-    distributed = resolve_schedule(config.attention.schedule).distributed
-    degrees = resolve_degrees(config.parallel, world_size=world_size, distributed_schedule=distributed)
+    degrees = resolve_degrees(config.parallel, world_size=world_size, distributed_schedule=config.attention.distributed)
     if config.engine.parameters == "replicate" and degrees.dp_shard > 1:
         raise ValueError(
             f"parallel.dp_shard={degrees.dp_shard} shares parameters between data-parallel ranks, so it needs "
             "engine.parameters=shard; given replicate (use parallel.dp_replicate)"
         )
-    config.attention.make_layout(degrees.cp).check_total(config.data.seq_len)
+    Layout("contiguous", degrees.cp).check_total(config.data.seq_len)  # the same for every layout
+    if config.attention.schedule != "auto":
+        config.attention.make_schedule(degrees.cp, **heads(config), per_machine=per_machine)
     grad_accum_steps(global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, dp_size=degrees.dp)
     return degrees
 
@@ -73,11 +74,25 @@ def check_kernel(config: Config, *, device_type: str) -> LocalKernel:
         v_head_dim=config.model.head_size,
         num_heads=config.model.num_heads,
         num_kv_heads=config.model.num_kv_heads,
+        softcap=config.model.softcap is not None,
     )
     return resolve_kernel(config.attention.kernel, request)
 
 
-def setup(config: Config, *, degrees: Degrees, device: torch.device, ranks: Ranks, say: Callable[[str], None]) -> Run:
+def heads(config: Config) -> dict[str, int]:
+    """Return the head counts of a layer, by the names that schedules use."""
+    return {"heads": config.model.num_heads, "kv_heads": config.model.num_kv_heads}
+
+
+def setup(
+    config: Config,
+    *,
+    degrees: Degrees,
+    per_machine: int,
+    device: torch.device,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> Run:
     """Prepare the corpus (rank 0) and build streams, attention and engine (collective)."""
     store_at = ranks.from_first(lambda: prepare(config.data, report=say))
     vocab_size = build_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token).vocab_size
@@ -105,8 +120,10 @@ def setup(config: Config, *, degrees: Degrees, device: torch.device, ranks: Rank
     mesh = build_mesh(degrees, device_type=device.type)
     attention = ContextParallelAttention(
         layout=config.attention.make_layout(degrees.cp),
-        schedule=resolve_schedule(config.attention.schedule),
-        transport=ProcessGroupTransport(mesh.get_group("cp")),
+        schedule=config.attention.make_schedule(degrees.cp, **heads(config), per_machine=per_machine),
+        transport=ProcessGroupTransport(
+            mesh.get_group("cp"), far_group=build_far_group(mesh, config.attention.schedule)
+        ),
         kernel=config.attention.kernel,
     )
     engine = build_engine(

@@ -24,8 +24,8 @@ from longctx.metrics.logger import MetricsLogger
 from longctx.metrics.meter import StepMeter
 from longctx.model import matmul_parameters
 from longctx.optim import lr_at
+from longctx.parallel.balance import describe
 from longctx.parallel.mesh import Degrees, init_distributed, read_launch
-from longctx.parallel.plan import describe
 from longctx.parallel.ranks import Ranks
 from longctx.run_lock import lock_run_directory
 from longctx.setup import Run, check_kernel, check_world, data_order, model_shape, resume, set_aside, setup
@@ -41,10 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 2
     try:
         config = load_config(arguments)
-        degrees = check_world(config, world_size=launch.world_size)
+        degrees = check_world(config, world_size=launch.world_size, per_machine=launch.local_world_size)
         device = init_distributed(launch)
         try:
-            train(config, degrees=degrees, device=device, overrides=arguments)
+            train(
+                config,
+                degrees=degrees,
+                per_machine=launch.local_world_size,
+                device=device,
+                overrides=arguments,
+            )
         finally:
             dist.destroy_process_group()
         return 0
@@ -63,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def train(config: Config, *, degrees: Degrees, device: torch.device, overrides: Sequence[str]) -> None:
+def train(
+    config: Config, *, degrees: Degrees, per_machine: int, device: torch.device, overrides: Sequence[str]
+) -> None:
     """Set up, resume, train, evaluate, and say where everything is (collective)."""
     run_dir = Path(config.run_dir)
     with ExitStack() as stack:
@@ -71,7 +79,7 @@ def train(config: Config, *, degrees: Degrees, device: torch.device, overrides: 
         say: Callable[[str], None] = _print if ranks.first else _silent
         ranks.check_equal(config.digest(), what="the configuration")
         kernel = check_kernel(config, device_type=device.type)
-        run = setup(config, degrees=degrees, device=device, ranks=ranks, say=say)
+        run = setup(config, degrees=degrees, per_machine=per_machine, device=device, ranks=ranks, say=say)
         # The lock is left last: the checkpoint under way when the loop ends belongs to this run.
         lock = ranks.all_succeed(lambda: lock_run_directory(run_dir, report=say) if ranks.first else None)
         if lock is not None:
@@ -201,7 +209,7 @@ def announce(run: Run, *, peak: Peak, kernel: str, step: int) -> None:
         f"step: {run.tokens_per_step:,} tokens = {train.global_batch} x {seq_len:,} ({accumulation} micro-batch(es) of "
         f"{train.micro_batch} per data-parallel rank); an epoch has {run.training.samples_per_epoch:,} sequences"
     )
-    run.say(f"plan: {describe(attention.layout, mask, attention.schedule, total=seq_len)}; kernel {kernel}")
+    run.say(f"plan: {describe(attention.layout, [mask], attention.schedule, total=seq_len)}; kernel {kernel}")
     if kernel == "reference" and config.attention.kernel == "auto":
         run.say("note: no fast kernel serves this device, dtype and head size: the reference kernel is slow")
     if run.held_out is None:

@@ -1,52 +1,92 @@
 """N simulated ranks in one process: every schedule, forward and backward, without a process group.
 
-Each rank is a thread that runs the same function with its own transport; hops pass through queues. Results do not
-depend on timing, since a rank reads each neighbour's messages in the order they were sent.
+Each rank is a thread that runs the same function with its own transport; messages pass through queues. Results do not
+depend on timing, since a rank reads each peer's messages in the order they were sent.
 """
 
 import queue
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from longctx.parallel.transport import Exchange, Traffic
+from longctx.parallel.transport import Exchange, Parcels, Traffic
 
 Result = TypeVar("Result")
 TIMEOUT_SECONDS = 120.0
 
 
+Route = tuple[int, int, int]  # sender, receiver, lane
+Box = queue.SimpleQueue[tuple[Tensor, ...]]
+
+
+class _Post:
+    """All messages of a simulated group. The n-th one of a route is what the n-th receive asks for."""
+
+    def __init__(self) -> None:
+        self._boxes: dict[tuple[Route, int], Box] = defaultdict(queue.SimpleQueue)
+        self._sent: Counter[Route] = Counter()
+        self._asked: Counter[Route] = Counter()
+        self._lock = threading.Lock()
+        self.failed = threading.Event()
+
+    def send(self, route: Route, message: tuple[Tensor, ...]) -> None:
+        with self._lock:
+            self._boxes[route, self._sent[route]].put(message)
+            self._sent[route] += 1
+
+    def receive(self, route: Route) -> Box:
+        """Return where the next message of a route will be."""
+        with self._lock:
+            self._asked[route] += 1
+            return self._boxes[route, self._asked[route] - 1]
+
+    def undelivered(self) -> list[Route]:
+        return [route for (route, _), box in self._boxes.items() if not box.empty()]
+
+
 class LoopbackTransport:
     """One simulated rank's view of the group."""
 
-    def __init__(
-        self, rank: int, mailboxes: Sequence["queue.SimpleQueue[tuple[Tensor, ...]]"], failed: threading.Event
-    ):
+    def __init__(self, rank: int, size: int, post: _Post) -> None:
         self.rank = rank
-        self.size = len(mailboxes)
+        self.size = size
         self.traffic = Traffic()
-        self._mailboxes = mailboxes
-        self._failed = failed
+        self._post = post
 
-    def shift(self, tensors: Sequence[Tensor]) -> Exchange:
-        outgoing = tuple(tensor.detach().clone() for tensor in tensors)
+    def exchange(self, outgoing: Parcels, incoming: Parcels, *, lane: int = 0) -> Exchange:
+        assert outgoing or incoming, "an exchange without any message"
         self.traffic.add(outgoing)
-        self._mailboxes[(self.rank + 1) % self.size].put(outgoing)
-        return _LoopbackExchange(self._mailboxes[self.rank], self._failed)
+        for peer, tensors in outgoing.items():
+            self._post.send((self.rank, peer, lane), tuple(tensor.detach().clone() for tensor in tensors))
+        boxes = [(self._post.receive((peer, self.rank, lane)), tensors) for peer, tensors in incoming.items()]
+        return _LoopbackExchange(boxes, self._post.failed)
 
 
 class _LoopbackExchange:
-    def __init__(self, mailbox: "queue.SimpleQueue[tuple[Tensor, ...]]", failed: threading.Event) -> None:
-        self._mailbox = mailbox
+    def __init__(
+        self,
+        boxes: Sequence[tuple[Box, Sequence[Tensor]]],
+        failed: threading.Event,
+    ) -> None:
+        self._boxes = boxes
         self._failed = failed
 
-    def wait(self) -> tuple[Tensor, ...]:
+    def wait(self) -> None:
+        for box, buffers in self._boxes:
+            for buffer, tensor in zip(buffers, self._next(box), strict=True):
+                assert buffer.shape == tensor.shape and buffer.dtype == tensor.dtype, (buffer.shape, tensor.shape)
+                buffer.copy_(tensor)
+        self._boxes = ()
+
+    def _next(self, box: Box) -> tuple[Tensor, ...]:
         waited = 0.0
         while True:
             try:
-                return self._mailbox.get(timeout=0.2)
+                return box.get(timeout=0.2)
             except queue.Empty:
                 waited += 0.2
                 if self._failed.is_set():
@@ -61,19 +101,18 @@ def run_ranks(size: int, function: Callable[[LoopbackTransport], Result]) -> lis
     The first exception of any rank is raised here, and a hop without a partner fails after a time-out. All messages
     must have been received at the end.
     """
-    mailboxes: list[queue.SimpleQueue[tuple[Tensor, ...]]] = [queue.SimpleQueue() for _ in range(size)]
-    failed = threading.Event()
+    post = _Post()
     results: list[Result | None] = [None] * size
     errors: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
             with torch.set_grad_enabled(True):
-                results[rank] = function(LoopbackTransport(rank, mailboxes, failed))
+                results[rank] = function(LoopbackTransport(rank, size, post))
         except BaseException as error:  # handed to the caller below
-            if not failed.is_set():
+            if not post.failed.is_set():
                 errors.append(error)
-            failed.set()
+            post.failed.set()
 
     threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
@@ -82,5 +121,5 @@ def run_ranks(size: int, function: Callable[[LoopbackTransport], Result]) -> lis
         thread.join()
     if errors:
         raise errors[0]
-    assert all(mailbox.empty() for mailbox in mailboxes), "a message was sent and never received"
+    assert not post.undelivered(), f"sent and never received (sender, receiver, lane): {post.undelivered()}"
     return results  # type: ignore[return-value]

@@ -86,6 +86,21 @@ def build_mesh(degrees: Degrees, *, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (degrees.dp_replicate, degrees.dp_shard, degrees.cp), mesh_dim_names=AXES)
 
 
+def build_far_group(mesh: DeviceMesh, schedule_name: str) -> dist.ProcessGroup | None:
+    """Return a second group of this rank's cp ranks, where one lets slow hops overlap with fast ones (collective).
+
+    Only nccl runs the calls of a group one after the other, and only `double_ring` has two kinds of hops.
+    """
+    if schedule_name != "double_ring" or mesh.device_type != "cuda":
+        return None
+    mine = None
+    for ranks in mesh.mesh.reshape(-1, mesh["cp"].size()).tolist():
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
+
+
 def build_parameter_mesh(replicas: int, *, device_type: str) -> DeviceMesh:
     """Return the mesh that parameters live on: `replicas` copies, each shared evenly by the ranks next to each other.
 
@@ -106,14 +121,22 @@ class Launch:
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int
     launched: bool
 
 
 def read_launch() -> Launch:
     """Read torchrun's variables; a process started without torchrun is a world of one."""
     if "RANK" not in os.environ:
-        return Launch(0, 1, 0, False)
-    return Launch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")), True)
+        return Launch(0, 1, 0, 1, False)
+    world_size = int(os.environ["WORLD_SIZE"])
+    return Launch(
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        launched=True,
+    )
 
 
 def init_distributed(launch: Launch) -> torch.device:

@@ -1,133 +1,181 @@
 """The plan: for each rank and hop, the tiles to compute. Pure integers, printable, testable without processes.
 
-Kernels get its tiles; the trainer and the tests read its sums: work, balance, hops that compute nothing. Hop 0 is the
-own shard, for which nothing is exchanged.
+Kernels get its tiles, schedules its needs; the trainer, the planner and the tests read its sums. Hop 0 is the own
+shard, for which nothing is exchanged.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
-from longctx.kernels.mask import Mask
-from longctx.kernels.positions import Tile, cut, total_pairs
+from longctx.kernels.mask import HeadMasks, Mask
+from longctx.kernels.positions import Piece, Tile, cut, total_pairs
 from longctx.kernels.tiles import tiles_between
 from longctx.parallel.layout import Layout
+from longctx.parallel.needs import Needs, Span, needs_of, with_offsets
 from longctx.parallel.schedule import Schedule
+from longctx.parallel.teams import Strip, Teams, part_of, team_shard
 
-BALANCE_LIMIT = 200_000  # hops x documents of all ranks that `describe` goes through
+AnyMask = Mask | HeadMasks
 
 
 @dataclass(frozen=True)
-class Hop:
-    """One rank's work while it holds the K/V shard of `source`."""
+class TileList:
+    """Tiles of some rows of a batch and some query heads.
 
-    source: int
+    Attributes:
+        rows, heads: spans; None = all of them. Heads count from the rank's first.
+        tiles: in local indices of the two shards, keys counted from the hop's first needed token.
+    """
+
+    rows: Span | None
+    heads: Span | None
     tiles: tuple[Tile, ...]
 
     @property
     def pairs(self) -> int:
-        return total_pairs(self.tiles)
+        """Return visible pairs, of one head where all are alike."""
+        return total_pairs(self.tiles) * (self.heads[1] - self.heads[0] if self.heads else 1)
 
 
 @dataclass(frozen=True)
+class Hop:
+    """One rank's work with (a part of) the shard of `source`, a team.
+
+    Attributes:
+        needed: the tokens of the travelling shard that this rank computes with; None = none, and there are no lists.
+    """
+
+    source: int
+    needed: Span | None
+    lists: tuple[TileList, ...]
+
+    @cached_property
+    def pairs(self) -> int:
+        """Return the visible pairs: this hop's work."""
+        return sum(each.pairs for each in self.lists)
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """All hops of one rank, which owns `tokens` tokens of the sequence in `layout`."""
+    """All that one rank has to know about a micro-batch.
+
+    Attributes:
+        masks: one for all rows of the batch, or one per row.
+        total: tokens of the whole sequence.
+        needs: of all teams.
+        hops: in the order in which shards arrive, those with nothing to compute included.
+    """
 
     layout: Layout
+    schedule: Schedule
     rank: int
-    tokens: int
+    total: int
+    masks: tuple[AnyMask, ...]
+    needs: Needs
     hops: tuple[Hop, ...]
 
-    def tiles_of(self, source: int) -> tuple[Tile, ...]:
-        """Return the tiles against `source`'s shard."""
-        for hop in self.hops:
-            if hop.source == source:
-                return hop.tiles
-        raise AssertionError(f"rank {self.rank} never holds the shard of rank {source}")
+    @property
+    def tokens(self) -> int:
+        """Return this rank's tokens."""
+        return self.total // self.layout.cp
+
+    @cached_property
+    def teams(self) -> Teams:
+        """Return the schedule's teams."""
+        return self.schedule.teams(self.layout.cp)
+
+    def hop_of(self, source: int) -> Hop:
+        """Return the hop at which `source`'s keys are here."""
+        return next(hop for hop in self.hops if hop.source == source)
+
+    @cached_property
+    def query_hops(self) -> dict[int, Hop]:
+        """Return, by source, the work when queries travel and K/V stay: tiles of a source's queries, cut to those that
+        see something here, against all own keys."""
+        turned = self.needs.turned()
+        team = self.teams.place(self.rank)[0]
+        return {
+            source: _hop(self, source, turned[team][source], queries_travel=True) for source in range(self.teams.count)
+        }
 
     @property
     def num_tiles(self) -> int:
         """Return the number of tiles of all hops: kernel calls per layer, for kernels that make one per tile."""
-        return sum(len(hop.tiles) for hop in self.hops)
+        return sum(len(each.tiles) for hop in self.hops for each in hop.lists)
 
 
 # Few: with packed documents every sequence has a mask, and so a plan, of its own. Layers share the object.
 @lru_cache(maxsize=8)
-def plan(layout: Layout, mask: Mask, schedule: Schedule, *, rank: int, total: int) -> Plan:
-    """Return what `rank` computes at each hop, for a sequence of `total` tokens."""
-    bounds = mask.bounds(total)
-    queries = cut(layout.segments(rank, total), bounds)
-    hops = []
-    for source in schedule.sources(rank, layout.cp):
-        keys = queries if source == rank else cut(layout.segments(source, total), bounds)
-        hops.append(Hop(source, tiles_between(queries, keys, mask=mask)))
-    return Plan(layout, rank, total // layout.cp, tuple(hops))
+def plan(layout: Layout, masks: tuple[AnyMask, ...], schedule: Schedule, *, rank: int, total: int) -> Plan:
+    """Return what `rank` computes at each hop for a batch of sequences of `total` tokens.
 
-
-@dataclass(frozen=True)
-class Balance:
-    """Work of all ranks: `pairs[rank][hop]` visible (query, key) pairs."""
-
-    pairs: tuple[tuple[int, ...], ...]
-
-    @property
-    def total(self) -> int:
-        """Return all visible pairs of the sequence."""
-        return sum(map(sum, self.pairs))
-
-    @property
-    def efficiency(self) -> float:
-        """Return ideal / critical path: (total / ranks) over the sum over hops of the busiest rank's pairs."""
-        critical = sum(max(hop) for hop in zip(*self.pairs, strict=True))
-        return self.total / len(self.pairs) / critical if critical else 1.0
-
-    @property
-    def imbalance(self) -> float:
-        """Return the busiest rank's total work over the mean."""
-        mean = self.total / len(self.pairs)
-        return max(map(sum, self.pairs)) / mean if mean else 1.0
-
-    @property
-    def idle_hops(self) -> float:
-        """Return the share of (rank, hop) with nothing to compute."""
-        flat = [pairs for rank in self.pairs for pairs in rank]
-        return sum(pairs == 0 for pairs in flat) / len(flat)
-
-
-def balance(layout: Layout, mask: Mask, schedule: Schedule, *, total: int) -> Balance:
-    """Count every rank's work per hop. Costs cp plans."""
-    plans = (plan.__wrapped__(layout, mask, schedule, rank=rank, total=total) for rank in range(layout.cp))
-    return Balance(tuple(tuple(hop.pairs for hop in one.hops) for one in plans))
-
-
-def describe(layout: Layout, mask: Mask, schedule: Schedule, *, total: int) -> str:
-    """Return the plan of a sequence in one line.
-
-    Counting all ranks' work costs about 10 microseconds x cp^2 x documents; where that is more than a few seconds,
-    rank 0's work alone is told.
+    Args:
+        masks: one for all rows, or one per row.
     """
-    documents = 1 if mask.cu_seqlens is None else len(mask.cu_seqlens) - 1
-    first = plan(layout, mask, schedule, rank=0, total=total)
-    what = (
-        f"{layout.describe()} x {schedule.name}, cp={layout.cp}, {total:,} tokens, {documents} document(s), "
-        f"{first.num_tiles:,} tile(s) per layer on rank 0: "
-    )
-    if layout.cp**2 * documents > BALANCE_LIMIT:
-        return f"{what}{sum(hop.pairs for hop in first.hops):,} visible pairs on rank 0, other ranks not counted"
-    work = balance(layout, mask, schedule, total=total)
-    return (
-        f"{what}{work.total:,} visible pairs, balance {work.efficiency:.1%} of ideal, "
-        f"busiest rank {work.imbalance:.2f}x the mean, {work.idle_hops:.0%} of hops idle"
-    )
+    layout.check_total(total)
+    teams = schedule.teams(layout.cp)
+    if len(masks) > 1 and all(mask == masks[0] for mask in masks):
+        masks = masks[:1]
+    needs = needs_of(layout, masks, teams, total=total)
+    empty = Plan(layout, schedule, rank, total, masks, needs, ())
+    team = teams.place(rank)[0]
+    order = schedule.order(team, teams.count)
+    hops = tuple(_hop(empty, source, needs.keys[team][source], queries_travel=False) for source in order)
+    return Plan(layout, schedule, rank, total, masks, needs, hops)
 
 
-def visible_pairs(mask: Mask, *, total: int) -> int:
-    """Return the visible pairs of a whole sequence under a mask, without any layout."""
-    whole = cut(Layout("contiguous", 1).segments(0, total), mask.bounds(total))
-    return total_pairs(tiles_between(whole, whole, mask=mask))
+def _hop(plan: Plan, source: int, needed: Span | None, *, queries_travel: bool) -> Hop:
+    if needed is None:
+        return Hop(source, None, ())
+    teams = plan.teams
+    team, member = teams.place(plan.rank)
+    own = team_shard(plan.layout, teams.members[team], plan.total)
+    travelling = _part(team_shard(plan.layout, teams.members[source], plan.total), needed)
+    # Own keys stay whole when queries travel, own queries when keys do.
+    queries, keys = (travelling, with_offsets(own)) if queries_travel else (with_offsets(own), travelling)
+    lists = []
+    for row, mask in enumerate(plan.masks):
+        rows = None if len(plan.masks) == 1 else (row, row + 1)
+        for heads, each in _by_head(mask, member=member, team=teams.size):
+            tiles = _tiles(queries, keys, each, plan.total)
+            if tiles:
+                lists.append(TileList(rows, heads, tiles))
+    return Hop(source, needed, tuple(lists))
 
 
-def plans_for(layout: Layout, masks: Sequence[Mask], schedule: Schedule, *, rank: int, total: int) -> tuple[Plan, ...]:
-    """Return one plan per batch row, or a single one where all rows have the same mask."""
-    distinct = masks[:1] if all(mask == masks[0] for mask in masks) else masks
-    return tuple(plan(layout, mask, schedule, rank=rank, total=total) for mask in distinct)
+def _part(strips: tuple[Strip, ...], span: Span) -> list[tuple[int, Strip]]:
+    """Return tokens `span` of a shard: strips with local indices that count from the span's begin."""
+    parts = []
+    for offset, strip in with_offsets(strips):
+        part = part_of(strip, span[0] - offset, span[1] - offset)
+        if part:
+            parts.append((max(offset - span[0], 0), part))
+    return parts
+
+
+def _by_head(mask: AnyMask, *, member: int, team: int) -> list[tuple[Span | None, Mask]]:
+    """Return the masks of a rank's heads, neighbours with equal masks together."""
+    if isinstance(mask, Mask):
+        return [(None, mask)]
+    share = len(mask.masks) // team
+    own = mask.masks[member * share : (member + 1) * share]
+    runs: list[tuple[Span | None, Mask]] = []
+    first = 0
+    for head in range(1, share + 1):
+        if head == share or own[head] != own[first]:
+            runs.append(((first, head), own[first]))
+            first = head
+    return runs
+
+
+def _tiles(queries: list[tuple[int, Strip]], keys: list[tuple[int, Strip]], mask: Mask, total: int) -> tuple[Tile, ...]:
+    q_cuts, k_cuts = ([_cut(offset, strip, mask.bounds(total)) for offset, strip in side] for side in (queries, keys))
+    return tuple(tile for q in q_cuts for k in k_cuts for tile in tiles_between(q, k, mask=mask, total=total))
+
+
+def _cut(offset: int, strip: Strip, bounds: Sequence[int]) -> list[list[Piece]]:
+    documents = cut(strip, bounds)
+    if offset == 0:
+        return documents
+    return [[Piece(piece.begin + offset, piece.segment) for piece in pieces] for pieces in documents]

@@ -1,18 +1,54 @@
-"""What a communication schedule is: whose K/V arrives when. It never sees a mask."""
+"""What a communication schedule is: whose tokens arrive when. It never sees a mask."""
 
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from longctx.parallel.needs import Needs
+from longctx.parallel.teams import Teams
 from longctx.parallel.transport import Transport
 
-Attend = Callable[[int, Tensor, Tensor], None]
-AttendBackward = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+KvHeads = tuple[int, int]
+Attend = Callable[[int, KvHeads, Tensor, Tensor], None]
+AttendBackward = Callable[[int, KvHeads, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Rows(NamedTuple):
+    """What a backward pass needs of queries: `q, dout [B, T, H, D]`, `lse, delta [B, T, H]`."""
+
+    q: Tensor
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+
+
+AttendQueries = Callable[[int, Rows], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a schedule's costs depend on. `dtype` is that of q, k, v; sums travel in `wide`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Return the dtype of gradients on their way."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 class Schedule(Hashable, Protocol):
-    """Bring every rank's K/V shard past every rank, and the gradients home. A value: equal names, equal behaviour."""
+    """Bring K/V past every rank that needs them, and the gradients home. A value: equal fields, equal behaviour.
+
+    `ring` is the transport between teams (`teams.py`), `needs` what each team needs of each other one.
+    """
 
     @property
     def name(self) -> str: ...
@@ -22,14 +58,49 @@ class Schedule(Hashable, Protocol):
         """Tell whether it can share a sequence between ranks."""
         ...
 
-    def sources(self, rank: int, size: int) -> tuple[int, ...]:
-        """Return whose K/V shard is at `rank` at each hop."""
+    @property
+    def lockstep(self) -> bool:
+        """Tell whether ranks wait for each other at every hop, rather than once per layer."""
         ...
 
-    def forward(self, transport: Transport, k: Tensor, v: Tensor, *, attend: Attend) -> None:
-        """Call `attend(source, k, v)` once per shard, in the order of `sources`."""
+    def teams(self, cp: int) -> Teams:
+        """Return which ranks share heads rather than tokens.
+
+        Raises:
+            ValueError: a number of ranks that the schedule cannot arrange.
+        """
         ...
 
-    def backward(self, transport: Transport, k: Tensor, v: Tensor, *, attend: AttendBackward) -> tuple[Tensor, Tensor]:
-        """Call `attend(source, k, v) -> (dk, dv)` once per shard; return the own shard's, summed over ranks."""
+    def check(self, cp: int, *, heads: int, kv_heads: int) -> None:
+        """Refuse head counts that it cannot split (ValueError)."""
+        ...
+
+    def order(self, team: int, count: int) -> tuple[int, ...]:
+        """Return whose shard is at a team at each hop, its own first."""
+        ...
+
+    def moves_queries(self, shape: Shape) -> bool:
+        """Tell whether the backward pass sends queries round, and K/V stay (`backward` is not called then)."""
+        ...
+
+    def forward(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: Attend) -> None:
+        """Call `attend(source, kv_heads, k, v)` with every needed part of every shard, for all KV heads.
+
+        `k, v [B, tokens needed, heads of kv_heads, D]`: cut to `needs.keys[own][source]`.
+        """
+        ...
+
+    def backward(
+        self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: AttendBackward
+    ) -> tuple[Tensor, Tensor]:
+        """Call `attend(source, kv_heads, k, v) -> (dk, dv)` likewise; return the own shard's, summed over ranks."""
+        ...
+
+    def backward_queries(
+        self, ring: Transport, needs: Needs, rows: Rows, *, attend: AttendQueries, wide: torch.dtype
+    ) -> Tensor:
+        """Call `attend(source, rows) -> dq` with the rows of every shard that see something of this one's keys.
+
+        Returns dq of the own rows, summed over ranks, in dtype `wide`.
+        """
         ...

@@ -4,32 +4,45 @@ A transport is all that a schedule knows about the other ranks. `ProcessGroupTra
 loopback transport (`loopback.py`) simulates N ranks in one process with the same calls.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Parcels = Mapping[int, Sequence[Tensor]]
+
 
 @dataclass(slots=True)
 class Traffic:
-    """What one rank has sent."""
+    """What one rank has exchanged.
+
+    Attributes:
+        hops: exchanges that this rank took part in, as sender or receiver.
+        bytes: bytes sent.
+        bytes_to: bytes sent to each peer.
+    """
 
     hops: int = 0
     bytes: int = 0
+    bytes_to: dict[int, int] = field(default_factory=dict)
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
+    def add(self, outgoing: Parcels) -> None:
+        """Count one exchange."""
         self.hops += 1
-        self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        for peer, tensors in outgoing.items():
+            sent = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.bytes += sent
+            self.bytes_to[peer] = self.bytes_to.get(peer, 0) + sent
 
 
 class Exchange(Protocol):
     """An exchange under way: posted, not yet waited for."""
 
-    def wait(self) -> tuple[Tensor, ...]:
-        """Return the received tensors."""
+    def wait(self) -> None:
+        """Return when the incoming tensors are filled and the outgoing ones may be written again."""
         ...
 
 
@@ -40,41 +53,87 @@ class Transport(Protocol):
     size: int
     traffic: Traffic
 
-    def shift(self, tensors: Sequence[Tensor]) -> Exchange:
-        """Post one hop: send `tensors` to rank + 1 and receive the same shapes from rank - 1 (both modulo size).
+    def exchange(self, outgoing: Parcels, incoming: Parcels, *, lane: int = 0) -> Exchange:
+        """Post one hop: send `outgoing[peer]` to each peer and fill `incoming[peer]` from each peer.
 
-        The caller must not write to `tensors` until the exchange was waited for.
+        Both ends post the exchanges of a lane in the same order, with the same shapes and dtypes; a rank that neither
+        sends nor receives posts nothing. Nobody writes to the tensors until the exchange was waited for.
+
+        Args:
+            outgoing, incoming: tensors by peer, any strides; never empty lists.
+            lane: exchanges of different lanes may overtake each other.
         """
         ...
 
 
 class ProcessGroupTransport:
-    """Hops over `torch.distributed` point-to-point calls; all ranks of the group make the same calls in order."""
+    """Hops over `torch.distributed` point-to-point calls."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, far_group: dist.ProcessGroup | None = None) -> None:
+        """Wrap a group (collective over it where the backend is nccl).
+
+        Args:
+            group: the context-parallel group.
+            far_group: another group of the same ranks for lane 1, whose slow hops between machines then overlap with
+                those of lane 0 on nccl, which runs the calls of one group one after the other.
+        """
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.traffic = Traffic()
-        self._group = group
+        self._lanes = (group, far_group or group)
+        for each in {id(lane): lane for lane in self._lanes}.values():
+            if self.size > 1 and dist.get_backend(each) == "nccl":
+                # nccl hangs if the first point-to-point call of a group does not involve all of its ranks.
+                dist.all_reduce(torch.zeros(1, device=torch.device("cuda", torch.cuda.current_device())), group=each)
 
-    def shift(self, tensors: Sequence[Tensor]) -> Exchange:
-        outgoing = [tensor.contiguous() for tensor in tensors]
-        incoming = [torch.empty_like(tensor) for tensor in outgoing]
-        to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        operations = [dist.P2POp(dist.isend, t, group=self._group, group_peer=to) for t in outgoing]
-        operations += [dist.P2POp(dist.irecv, t, group=self._group, group_peer=source) for t in incoming]
+    def exchange(self, outgoing: Parcels, incoming: Parcels, *, lane: int = 0) -> Exchange:
+        group = self._lanes[lane]
+        sent = [(peer, tensor.contiguous()) for peer, tensors in outgoing.items() for tensor in tensors]
+        received = [(peer, tensor) for peer, tensors in incoming.items() for tensor in tensors]
+        assert all(tensor.is_contiguous() for _, tensor in received), "incoming tensors must be contiguous"
+        operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for peer, tensor in sent]
+        operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for peer, tensor in received]
+        assert operations, "an exchange without any message"
         self.traffic.add(outgoing)
-        return _ProcessGroupExchange(dist.batch_isend_irecv(operations), outgoing, incoming)
+        return _ProcessGroupExchange(dist.batch_isend_irecv(operations), sent)
 
 
 class _ProcessGroupExchange:
-    def __init__(self, works: list[dist.Work], outgoing: list[Tensor], incoming: list[Tensor]) -> None:
+    def __init__(self, works: list[dist.Work], sent: list[tuple[int, Tensor]]) -> None:
         self._works = works
-        self._outgoing = outgoing  # must outlive the send
-        self._incoming = incoming
+        self._sent = sent  # must outlive the send
 
-    def wait(self) -> tuple[Tensor, ...]:
+    def wait(self) -> None:
         for work in self._works:
             work.wait()
-        self._works, self._outgoing = [], []
-        return tuple(self._incoming)
+        self._works, self._sent = [], []
+
+
+class Among:
+    """Some ranks of a transport as a group of their own, in the order given; traffic is counted by the whole."""
+
+    def __init__(self, whole: Transport, ranks: Sequence[int]) -> None:
+        self.rank = list(ranks).index(whole.rank)
+        self.size = len(ranks)
+        self.traffic = whole.traffic
+        self._whole = whole
+        self._ranks = tuple(ranks)
+
+    def exchange(self, outgoing: Parcels, incoming: Parcels, *, lane: int = 0) -> Exchange:
+        ranks = self._ranks
+        return self._whole.exchange(
+            {ranks[peer]: tensors for peer, tensors in outgoing.items()},
+            {ranks[peer]: tensors for peer, tensors in incoming.items()},
+            lane=lane,
+        )
+
+
+class Alone:
+    """A group of one rank, without a process group: there is nobody to exchange with."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+        self.traffic = Traffic()
+
+    def exchange(self, outgoing: Parcels, incoming: Parcels, *, lane: int = 0) -> Exchange:
+        raise AssertionError("a group of one rank has nothing to exchange")

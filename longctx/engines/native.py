@@ -44,6 +44,7 @@ class NativeEngine:
         mesh = build_parameter_mesh(replicas, device_type=device.type)
         self._shard_group = mesh.get_group("shard")
         self._attention = attention
+        self._softcap = model.softcap
         self._device = device
         with torch.device("meta"):
             self.model = Decoder(model)
@@ -121,8 +122,8 @@ class NativeEngine:
         return self.model
 
     def _loss_sum(self, batch: MicroBatch) -> Tensor:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self._attention(q, k, v, plans=batch.plans)[0]
+        def attend(q: Tensor, k: Tensor, v: Tensor, *, sink_logits: Tensor | None) -> Tensor:
+            return self._attention(q, k, v, plan=batch.plan, softcap=self._softcap, sink_logits=sink_logits)
 
         return token_loss_sum(self.model(batch.tokens, positions=batch.positions, attend=attend), batch.labels)
 

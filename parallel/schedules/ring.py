@@ -1,59 +1,196 @@
-"""The ring schedule: K/V shards travel around the group, one hop per shard. It never sees a mask.
+"""Schedules whose K/V shards travel from team to team: local, ring, double ring, Ulysses and USP are one mechanism.
 
-Ring Attention (Liu et al., arXiv 2310.01889). Forward makes cp - 1 hops of (k, v); backward cp - 1 hops of (k, v) and
-cp hops of (dk, dv), which travel one hop behind the shard that they belong to and end at its owner. Messages carry no
-tags: every rank sends kv 1, dkv 0, kv 2, dkv 1, ..., and receives in that order. Every exchange is posted before the
-kernel runs and waited for after it, so transfers hide behind arithmetic where the hardware allows.
+`ring`: Ring Attention (Liu et al., arXiv 2310.01889). `double_ring`: LoongTrain (arXiv 2406.18485), BurstEngine.
+`ulysses`: DeepSpeed-Ulysses (arXiv 2309.14509), a single team, so nothing travels between teams. `usp`: Ulysses inside
+teams, a ring between them (arXiv 2405.07719). How shards go round is `circuit.py`; heads for tokens is `heads.py`.
+
+The backward pass of each can send queries instead of K/V (BurstAttention, arXiv 2403.09347): `backward`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from longctx.parallel.schedule import Attend, AttendBackward
-from longctx.parallel.transport import Exchange, Transport
+from longctx.kernels.merge import accumulator_dtype
+from longctx.parallel import circuit
+from longctx.parallel.circulate import circulate
+from longctx.parallel.needs import Needs
+from longctx.parallel.schedule import Attend, AttendBackward, AttendQueries, Rows, Shape
+from longctx.parallel.teams import Teams, neighbours, single_ranks, spread
+from longctx.parallel.transport import Transport
+
+BackwardName = Literal["auto", "rotate_kv", "rotate_q"]
+InnermostName = Literal["ulysses", "ring"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ring:
-    """Send to the next rank, receive from the one before."""
+    """Teams of one rank on one ring; the base of all schedules on a circuit.
+
+    Attributes:
+        backward: what travels in the backward pass: `rotate_kv` (k, v, dk, dv), `rotate_q` (q, dout, delta, lse, dq),
+            or `auto`: what sends fewer bytes.
+    """
 
     name: str = "ring"
     distributed: bool = True
+    lockstep: bool = True
+    backward_moves: BackwardName = "auto"
 
-    def sources(self, rank: int, size: int) -> tuple[int, ...]:
-        """Return whose shard is at `rank` at each hop; hop 0 is its own."""
-        return tuple((rank - hop) % size for hop in range(size))
+    def teams(self, cp: int) -> Teams:
+        """Return teams of one."""
+        return single_ranks(cp)
 
-    def forward(self, transport: Transport, k: Tensor, v: Tensor, *, attend: Attend) -> None:
-        """Call `attend(source, k, v)` once for every rank's shard."""
-        sources = self.sources(transport.rank, transport.size)
-        for source in sources:
-            arriving = transport.shift((k, v)) if source != sources[-1] else None
-            attend(source, k, v)
-            if arriving is not None:
-                k, v = arriving.wait()
+    def check(self, cp: int, *, heads: int, kv_heads: int) -> None:
+        """Take any heads."""
 
-    def backward(self, transport: Transport, k: Tensor, v: Tensor, *, attend: AttendBackward) -> tuple[Tensor, Tensor]:
-        """Call `attend(source, k, v) -> (dk, dv)` for every shard; return the summed gradients of the own one.
+    def inner(self, count: int) -> int:
+        """Return how many teams are on an inner ring."""
+        return count
 
-        Gradients travel in the dtype that `attend` returns (float32: see the numerical contract).
-        """
-        sources = self.sources(transport.rank, transport.size)
-        travelling: Exchange | None = None
-        dk = dv = None
-        for source in sources:
-            arriving = transport.shift((k, v)) if source != sources[-1] else None
-            dk, dv = attend(source, k, v)
-            if travelling is not None:
-                dk_before, dv_before = travelling.wait()
-                dk += dk_before
-                dv += dv_before
-            if transport.size > 1:
-                travelling = transport.shift((dk, dv))
-            if arriving is not None:
-                k, v = arriving.wait()
-        if travelling is not None:
-            dk, dv = travelling.wait()
-        assert dk is not None and dv is not None
+    def order(self, team: int, count: int) -> tuple[int, ...]:
+        """Return whose shard is at a team at each hop; hop 0 is its own."""
+        return circuit.order(team, count, self.inner(count))
+
+    def moves_queries(self, shape: Shape) -> bool:
+        """Compare what one token costs per hop: k, v and dk, dv against q, dout, dq, delta and lse."""
+        if self.backward_moves != "auto":
+            return self.backward_moves == "rotate_q"
+        low, wide = shape.dtype.itemsize, shape.wide.itemsize
+        rotate_kv = shape.kv_heads * (shape.head_dim + shape.v_head_dim) * (low + wide)
+        rotate_q = shape.heads * ((shape.head_dim + shape.v_head_dim) * low + 2 * wide + shape.head_dim * wide)
+        return rotate_q < rotate_kv
+
+    def forward(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: Attend) -> None:
+        """Send (k, v) round."""
+        heads = (0, k.shape[2])
+
+        def visit(source: int, shard: tuple[Tensor, ...]) -> None:
+            attend(source, heads, *shard)
+
+        circulate(ring, needs.keys, (k, v), inner=self.inner(ring.size), visit=visit)
+
+    def backward(
+        self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: AttendBackward
+    ) -> tuple[Tensor, Tensor]:
+        """Send (k, v) round again, and (dk, dv) after them in the accumulators' dtype (the numerical contract)."""
+        heads, wide = (0, k.shape[2]), accumulator_dtype(k.dtype)
+
+        def visit(source: int, shard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return attend(source, heads, *shard)
+
+        like = tuple(x[:, :0].to(wide) for x in (k, v))
+        dk, dv = circulate(ring, needs.keys, (k, v), inner=self.inner(ring.size), visit=visit, like=like)
         return dk, dv
+
+    def backward_queries(
+        self, ring: Transport, needs: Needs, rows: Rows, *, attend: AttendQueries, wide: torch.dtype
+    ) -> Tensor:
+        """Send (q, dout, lse, delta) round, and dq after them."""
+
+        def visit(source: int, shard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (attend(source, Rows(*shard)),)
+
+        like = (rows.q[:, :0].to(wide),)
+        (dq,) = circulate(ring, needs.turned(), tuple(rows), inner=self.inner(ring.size), visit=visit, like=like)
+        return dq
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(Ring):
+    """No hop at all; needs a group of one."""
+
+    name: str = "local"
+    distributed: bool = False
+
+    def teams(self, cp: int) -> Teams:
+        """Return the only rank."""
+        if cp != 1:
+            raise ValueError(
+                f"attention.schedule=local keeps a sequence on one rank; the group has {cp}. "
+                "Use attention.schedule=ring"
+            )
+        return single_ranks(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoubleRing(Ring):
+    """Rings of `ranks_per_ring` neighbours inside a ring of rings.
+
+    Attributes:
+        ranks_per_ring: ranks of an inner ring, such as those of one machine; divides cp.
+    """
+
+    name: str = "double_ring"
+    ranks_per_ring: int = 1
+
+    def teams(self, cp: int) -> Teams:
+        """Return teams of one."""
+        if self.ranks_per_ring < 1 or cp % self.ranks_per_ring:
+            raise ValueError(
+                f"attention.inner={self.ranks_per_ring} (ranks of an inner ring) must divide parallel.cp={cp}; "
+                f"attention.schedule=double_ring can use {_divisors(cp)}, attention.schedule=ring needs none"
+            )
+        return single_ranks(cp)
+
+    def inner(self, count: int) -> int:
+        """Return the ranks of an inner ring."""
+        return self.ranks_per_ring
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ulysses(Ring):
+    """All ranks share the heads of all tokens: two all-to-alls each way."""
+
+    name: str = "ulysses"
+
+    def teams(self, cp: int) -> Teams:
+        """Return one team of all ranks."""
+        return neighbours(cp, cp)
+
+    def check(self, cp: int, *, heads: int, kv_heads: int) -> None:
+        """Refuse query heads that the ranks cannot share evenly."""
+        if heads % cp:
+            raise ValueError(
+                f"attention.schedule=ulysses splits the query heads over the ranks, so parallel.cp={cp} must divide "
+                f"model.num_heads={heads}; use attention.schedule=usp with attention.ulysses one of "
+                f"{_divisors(cp, heads)}, or attention.schedule=ring|double_ring|all_gather"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usp(Ring):
+    """Teams of `ulysses` ranks share heads; K/V travel from team to team.
+
+    Attributes:
+        ulysses: ranks of a team; divides cp and the query heads.
+        innermost: whether neighbouring ranks form a team (`ulysses`) or a ring (`ring`).
+    """
+
+    name: str = "usp"
+    ulysses: int = 1
+    innermost: InnermostName = "ulysses"
+
+    def teams(self, cp: int) -> Teams:
+        """Return cp / ulysses teams."""
+        if self.ulysses < 1 or cp % self.ulysses:
+            raise ValueError(
+                f"attention.ulysses={self.ulysses} (ranks that share heads) must divide parallel.cp={cp}; "
+                f"attention.schedule=usp can use {_divisors(cp)}"
+            )
+        return neighbours(cp, self.ulysses) if self.innermost == "ulysses" else spread(cp, self.ulysses)
+
+    def check(self, cp: int, *, heads: int, kv_heads: int) -> None:
+        """Refuse query heads that a team cannot share evenly."""
+        if heads % self.ulysses:
+            raise ValueError(
+                f"attention.ulysses={self.ulysses} (ranks that share heads) must divide model.num_heads={heads}; "
+                f"attention.schedule=usp at parallel.cp={cp} can use {_divisors(cp, heads)}"
+            )
+
+
+def _divisors(*numbers: int) -> str:
+    """Return the common divisors as words."""
+    return ", ".join(str(d) for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers))

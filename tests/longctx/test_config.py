@@ -94,7 +94,7 @@ def test_mistakes_are_refused_with_the_key_and_the_alternatives(overrides, words
 )
 def test_what_does_not_fit_the_world_is_refused(overrides, world_size, message):
     with pytest.raises(ValueError, match=message):
-        check_world(load_config(overrides), world_size=world_size)
+        check_world(load_config(overrides), world_size=world_size, per_machine=world_size)
 
 
 def test_the_resolved_config_composes_again_from_its_own_yaml(tmp_path: Path):

@@ -38,8 +38,8 @@ def write_corpus(folder: Path) -> Path:
 def run_training(rank: int, world_size: int, group: object, overrides: Sequence[str]) -> None:
     """Train on a pooled rank."""
     config = load_config([*TINY, *overrides])
-    degrees = check_world(config, world_size=world_size)
-    train(config, degrees=degrees, device=torch.device("cpu"), overrides=overrides)
+    degrees = check_world(config, world_size=world_size, per_machine=world_size)
+    train(config, degrees=degrees, per_machine=world_size, device=torch.device("cpu"), overrides=overrides)
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:

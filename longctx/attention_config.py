@@ -1,0 +1,151 @@
+"""The four factors of attention by name, as config has them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from longctx.kernels.mask import HeadMasks, Mask, causal, chunked, documents, full, per_head, prefix_lm, sliding_window
+from longctx.kernels.softmax.op import KERNELS
+from longctx.loss import IGNORED
+from longctx.parallel.layout import Layout
+from longctx.parallel.registry import ScheduleOptions, check_schedule, resolve_schedule
+from longctx.parallel.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """The four factors, by name.
+
+    Attributes:
+        layout: `contiguous`, `zigzag` or `striped`: which positions a rank owns; `auto`: the fastest by prediction.
+        width: tokens per stripe; `striped` only.
+        schedule: `ring`, `double_ring`, `all_gather`, `ulysses`, `usp` or `local`: whose K/V arrives when; `auto`.
+        backward: what travels in the backward pass of a ring: `auto`, `rotate_kv` or `rotate_q` (BurstAttention).
+        inner: ranks of an inner ring, `double_ring` only; null = ranks per machine.
+        ulysses: ranks that share heads, `usp` only; null = as many on a machine as divide the heads.
+        innermost: `ulysses` or `ring`: whether neighbouring ranks share heads or K/V; `usp` only.
+        gather_heads: KV heads that `all_gather` collects at a time.
+        documents: hide other documents of a packed sequence.
+        window: keys that a token sees, itself included; null = all before it.
+        head_windows: a window for each query head (null = all before it) instead of `window`.
+        sinks: first tokens of each document that stay visible outside the window.
+        chunk: a token sees its own chunk of so many tokens only, counted from the document's start; null = no chunks.
+        prefix: first tokens of each document that see each other both ways (prefix LM), and are not predicted.
+        kernel: `auto`, `torch` or `reference`: who computes a tile.
+    """
+
+    layout: str = "striped"
+    width: int = 1
+    schedule: str = "ring"
+    backward: str | None = None
+    inner: int | None = None
+    ulysses: int | None = None
+    innermost: str | None = None
+    gather_heads: int | None = None
+    documents: bool = True
+    window: int | None = None
+    head_windows: list[int | None] | None = None
+    sinks: int = 0
+    chunk: int | None = None
+    prefix: int | None = None
+    kernel: str = "auto"
+
+    def validate(self) -> None:
+        """Refuse unknown names and impossible products."""
+        if self.layout != "auto":
+            self.make_layout(cp=1)
+        elif self.width != 1:
+            raise ValueError(f"attention.layout=auto chooses attention.width too; given {self.width}. Leave it 1")
+        if self.schedule == "auto":
+            given = [key for key, value in vars(self.options).items() if value is not None]
+            if given:
+                raise ValueError(f"attention.schedule=auto chooses attention.{given[0]} too; leave it null")
+        else:
+            check_schedule(self.schedule, self.options)
+            if self.schedule == "local" and self.layout not in ("contiguous", "auto"):
+                raise ValueError(
+                    f"attention.schedule=local keeps a sequence on one rank in its order, so attention.layout "
+                    f"must be contiguous; given {self.layout}. Use attention.schedule=ring for layout {self.layout}"
+                )
+        if self.kernel not in KERNELS:
+            raise ValueError(f"attention.kernel={self.kernel} is not known; known are {', '.join(KERNELS)}")
+        self._validate_mask()
+
+    def _validate_mask(self) -> None:
+        for key in ("window", "chunk", "prefix"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"attention.{key} must be >= 1 or null; given {value}")
+        if self.head_windows is not None:
+            if self.window is not None:
+                raise ValueError("attention.window and attention.head_windows exclude each other; leave one null")
+            if any(window is not None and window < 1 for window in self.head_windows):
+                raise ValueError(f"attention.head_windows must be >= 1 or null each; given {self.head_windows}")
+        if self.sinks < 0:
+            raise ValueError(f"attention.sinks must be >= 0; given {self.sinks}")
+        if self.sinks and self.window is None and self.head_windows is None:
+            raise ValueError(
+                f"attention.sinks={self.sinks} keeps tokens visible outside a window; set attention.window, or sinks=0"
+            )
+
+    def check_heads(self, num_heads: int) -> None:
+        """Refuse per-head windows of another number of heads."""
+        if self.head_windows is not None and len(self.head_windows) != num_heads:
+            raise ValueError(
+                f"attention.head_windows needs model.num_heads={num_heads} entries; given {len(self.head_windows)}"
+            )
+
+    @property
+    def options(self) -> ScheduleOptions:
+        """Return the options of the schedule."""
+        return ScheduleOptions(
+            backward=self.backward,
+            inner=self.inner,
+            ulysses=self.ulysses,
+            innermost=self.innermost,
+            gather_heads=self.gather_heads,
+        )
+
+    @property
+    def distributed(self) -> bool:
+        """Tell whether the schedule can share a sequence between ranks."""
+        return self.schedule != "local"
+
+    def make_layout(self, cp: int) -> Layout:
+        """Return the token layout over `cp` ranks."""
+        return Layout(self.layout, cp, self.width)  # type: ignore[arg-type]
+
+    def make_schedule(self, cp: int, *, heads: int, kv_heads: int, per_machine: int) -> Schedule:
+        """Return the schedule over `cp` ranks, `per_machine` neighbours of which are on one machine.
+
+        Raises:
+            ValueError: ranks or heads that it cannot arrange; names the key and what would do.
+        """
+        schedule = resolve_schedule(self.schedule, self.options, cp=cp, heads=heads, per_machine=per_machine)
+        schedule.teams(cp)
+        schedule.check(cp, heads=heads, kv_heads=kv_heads)
+        return schedule
+
+    def mask(self, cu_seqlens: Sequence[int]) -> Mask | HeadMasks:
+        """Return the mask of one packed sequence with these document bounds."""
+        mask: Mask | HeadMasks = causal() if self.prefix is None else prefix_lm(self.prefix)
+        if self.documents:
+            mask = mask & documents(tuple(cu_seqlens))
+        if self.chunk is not None:
+            mask = mask & chunked(self.chunk)
+        if self.head_windows is not None:
+            return mask & per_head([self._window(window) for window in self.head_windows])
+        return mask & self._window(self.window)
+
+    def hide_visible_labels(self, labels: Tensor, cu_seqlens: Sequence[int]) -> None:
+        """Ignore, in place, labels `[T]` of one sequence that their own token sees: those inside a prefix."""
+        if self.prefix is None:
+            return
+        bounds = cu_seqlens if self.documents else (0, len(labels))
+        for first, end in pairwise(bounds):
+            labels[first : min(first + self.prefix, end) - 1] = IGNORED
+
+    def _window(self, window: int | None) -> Mask:
+        return full() if window is None else sliding_window(window - 1, None, sinks=self.sinks)

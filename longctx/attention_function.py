@@ -1,0 +1,246 @@
+"""The composition as one autograd function: what a rank does between q, k, v and out, and back."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longctx.kernels.contract import LocalKernel, Scores
+from longctx.kernels.merge import Partial, accumulator_dtype, empty_partial
+from longctx.kernels.positions import Tile
+from longctx.kernels.softmax.delta import row_delta
+from longctx.parallel.heads import HeadSplit, to_heads, to_tokens
+from longctx.parallel.plan import Hop, Plan
+from longctx.parallel.schedule import KvHeads, Rows, Schedule
+from longctx.parallel.teams import team_order
+from longctx.parallel.transport import Among, Transport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Everything but the tensors. `moves_queries`: queries go round in the backward pass, K/V stay."""
+
+    plan: Plan
+    transport: Transport
+    kernel: LocalKernel
+    scores: Scores
+    split: HeadSplit
+    moves_queries: bool
+    wants_lse: bool
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.plan.schedule
+
+    @property
+    def team(self) -> Transport:
+        """Return the ranks that share heads with this one."""
+        teams, rank = self.plan.teams, self.plan.rank
+        return Among(self.transport, teams.members[teams.place(rank)[0]])
+
+    @property
+    def ring(self) -> Transport:
+        """Return the ranks that have this one's heads, one per team."""
+        return Among(self.transport, self.plan.teams.counterparts(self.plan.rank))
+
+    @property
+    def own_heads(self) -> slice:
+        own = self.split.q(self.team.rank)
+        return slice(own[0], own[-1] + 1)
+
+    @property
+    def shares(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Return each member's query heads and KV heads."""
+        members = range(self.split.team)
+        return [self.split.q(member) for member in members], [self.split.kv(member) for member in members]
+
+    @property
+    def order(self) -> Tensor | None:
+        teams, rank = self.plan.teams, self.plan.rank
+        return team_order(self.plan.layout, teams.members[teams.place(rank)[0]], self.plan.total)
+
+
+class Attention(torch.autograd.Function):
+    """`(q, k, v, sink_logits | None, Call) -> (out, lse)`; lse is empty where it is not wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        q_share, kv_share = call.shares
+        team, order = call.team, call.order
+        q, k, v = to_heads(team, (q, k, v), (q_share, kv_share, kv_share), order)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once, rather than at every hop
+        partial = empty_partial(q, v_head_dim=v.shape[-1])
+
+        def attend(source: int, kv_heads: KvHeads, k_part: Tensor, v_part: Tensor) -> None:
+            for work in _work(call.plan.hop_of(source), kv_heads, q.shape[2] // k.shape[2]):
+                call.kernel.forward(
+                    q[work.q],
+                    k_part[work.kv],
+                    v_part[work.kv],
+                    tiles=work.tiles,
+                    scores=call.scores,
+                    partial=Partial(partial.out[work.q], partial.lse[work.lse]),
+                )
+
+        call.schedule.forward(call.ring, call.plan.needs, k, v, attend=attend)
+        sink = None
+        if sink_logits is not None:
+            sink = sink_logits.detach()[call.own_heads].to(partial.lse.dtype)
+            _join_sink(partial, sink)
+        (out,) = to_tokens(team, (partial.out.to(q.dtype),), (q_share,), order)
+        ctx.save_for_backward(q, k, v, out, partial.lse, sink)
+        ctx.call = call
+        ctx.sink_dtype = None if sink_logits is None else sink_logits.dtype
+        lse = partial.lse
+        if not call.wants_lse:
+            lse = lse.new_empty(0)
+        elif team.size > 1:
+            (lse,) = to_tokens(team, (lse.transpose(1, 2).unsqueeze(-1),), (q_share,), order)
+            lse = lse.squeeze(-1).transpose(1, 2)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        q, k, v, out, lse, sink = ctx.saved_tensors
+        q_share, kv_share = call.shares
+        team, order = call.team, call.order
+        delta = row_delta(dout, out).transpose(1, 2).unsqueeze(-1)  # [B, T, H, 1]
+        dout, delta = to_heads(team, (dout, delta), (q_share, q_share), order)
+        rows = Rows(q, dout.contiguous(), lse.transpose(1, 2), delta.squeeze(-1))
+        dq, dk, dv = (_rotate_queries if call.moves_queries else _rotate_keys)(call, rows, k, v)
+        dsink = None
+        if sink is not None:
+            # The sink has weight exp(sink - lse) in every row, and no value: ds = p (0 - delta).
+            dsink = lse.new_zeros(call.split.heads)
+            weights = torch.exp(sink[:, None] - lse)
+            dsink[call.own_heads] = -(weights * rows.delta.transpose(1, 2)).sum(dim=(0, 2))
+            dsink = dsink.to(ctx.sink_dtype)
+        # Sums over all hops are complete; only those of repeated KV heads are not.
+        kv_dtype = dk.dtype if call.split.repeats_kv else k.dtype
+        grads = (dq.to(q.dtype), dk.to(kv_dtype), dv.to(kv_dtype))
+        dq, dk, dv = to_tokens(team, grads, (q_share, kv_share, kv_share), order)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dsink, None
+
+
+def _rotate_keys(call: Call, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dq, dk, dv with K/V going round and the queries at home."""
+    wide = accumulator_dtype(k.dtype)
+    dq = torch.zeros(rows.q.shape, dtype=wide, device=k.device)
+    group = rows.q.shape[2] // k.shape[2]
+
+    def attend(source: int, kv_heads: KvHeads, k_part: Tensor, v_part: Tensor) -> tuple[Tensor, Tensor]:
+        dk = torch.zeros(k_part.shape, dtype=wide, device=k_part.device)
+        dv = torch.zeros(v_part.shape, dtype=wide, device=v_part.device)
+        _backward(call, call.plan.hop_of(source), kv_heads, group, rows, k_part, v_part, dq, dk, dv)
+        return dk, dv
+
+    dk, dv = call.schedule.backward(call.ring, call.plan.needs, k, v, attend=attend)
+    return dq, dk, dv
+
+
+def _rotate_queries(call: Call, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dq, dk, dv with the queries going round and K/V at home (BurstAttention, arXiv 2403.09347)."""
+    wide = accumulator_dtype(k.dtype)
+    dk = torch.zeros(k.shape, dtype=wide, device=k.device)
+    dv = torch.zeros(v.shape, dtype=wide, device=k.device)
+    hops, group = call.plan.query_hops, rows.q.shape[2] // k.shape[2]
+
+    def attend(source: int, part: Rows) -> Tensor:
+        dq = torch.zeros(part.q.shape, dtype=wide, device=k.device)
+        _backward(call, hops[source], (0, k.shape[2]), group, part, k, v, dq, dk, dv)
+        return dq
+
+    dq = call.schedule.backward_queries(call.ring, call.plan.needs, rows, attend=attend, wide=wide)
+    return dq, dk, dv
+
+
+def _backward(
+    call: Call,
+    hop: Hop,
+    kv_heads: KvHeads,
+    group: int,
+    rows: Rows,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    lse, delta = rows.lse.transpose(1, 2), rows.delta.transpose(1, 2)
+    for work in _work(hop, kv_heads, group):
+        call.kernel.backward(
+            rows.q[work.q],
+            k[work.kv],
+            v[work.kv],
+            tiles=work.tiles,
+            scores=call.scores,
+            dout=rows.dout[work.q],
+            delta=delta[work.lse],
+            lse=lse[work.lse],
+            dq=dq[work.q],
+            dk=dk[work.kv],
+            dv=dv[work.kv],
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One kernel call: tiles, and the indices of the rows of the batch and the heads that they are for."""
+
+    rows: slice
+    heads: slice
+    kv_heads: slice
+    tiles: tuple[Tile, ...]
+
+    @property
+    def q(self) -> tuple[slice, slice, slice]:
+        """Index `[B, T, H, D]`."""
+        return self.rows, slice(None), self.heads
+
+    @property
+    def kv(self) -> tuple[slice, slice, slice]:
+        """Index `[B, T, HK, D]`."""
+        return self.rows, slice(None), self.kv_heads
+
+    @property
+    def lse(self) -> tuple[slice, slice]:
+        """Index `[B, H, T]`."""
+        return self.rows, self.heads
+
+
+def _work(hop: Hop, kv_heads: KvHeads, group: int) -> Iterator[_Work]:
+    """Yield the kernel calls of a hop for some KV heads, each of whose query heads share them evenly.
+
+    Args:
+        kv_heads: those at hand; `group` query heads read each.
+    """
+    for each in hop.lists:
+        rows = slice(None) if each.rows is None else slice(*each.rows)
+        first, end = kv_heads[0] * group, kv_heads[1] * group
+        if each.heads is not None:
+            first, end = max(first, each.heads[0]), min(end, each.heads[1])
+        while first < end:
+            # Whole groups together; a part of one by itself.
+            stop = end - end % group if first % group == 0 and end - first >= group else min(end, _up(first + 1, group))
+            kv = slice(first // group - kv_heads[0], _up(stop, group) // group - kv_heads[0])
+            yield _Work(rows, slice(first, stop), kv, each.tiles)
+            first = stop
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _join_sink(partial: Partial, sink: Tensor) -> None:
+    """Merge `(0, sink)` into every row: a key with score `sink [H]` and value 0."""
+    total = torch.logaddexp(partial.lse, sink[:, None].expand_as(partial.lse))
+    partial.out.mul_(torch.exp(partial.lse - total).transpose(1, 2).unsqueeze(-1))
+    partial.lse.copy_(total)

@@ -1,0 +1,132 @@
+"""Send shards round a circuit, compute with each as it passes, and bring the sums home. It never sees a mask.
+
+Every exchange is posted before the arithmetic that it can hide behind, and waited for after it. Messages carry no tags:
+both ends post them in the order of the steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longctx.parallel.circuit import FAR, NEAR, Message, steps
+from longctx.parallel.needs import Span, Table
+from longctx.parallel.transport import Exchange, Transport
+
+Shard = tuple[Tensor, ...]
+Visit = Callable[[int, Shard], Shard | None]
+
+
+@dataclass(slots=True)
+class _Part:
+    """Some tokens of a shard or of its sums; with an exchange, they are still on their way."""
+
+    span: Span
+    tensors: Shard
+    exchange: Exchange | None = None
+
+    def arrived(self) -> "_Part":
+        if self.exchange is not None:
+            self.exchange.wait()
+            self.exchange = None
+        return self
+
+    def cut(self, span: Span) -> Shard:
+        """Return the tokens `span`, as views."""
+        return tuple(tensor[:, span[0] - self.span[0] : span[1] - self.span[0]] for tensor in self.tensors)
+
+
+def circulate(
+    transport: Transport, wanted: Table, shard: Shard, *, inner: int, visit: Visit, like: Shard = ()
+) -> Shard:
+    """Bring every rank's shard past every rank that wants it.
+
+    Args:
+        transport: the ring; ranks with equal `rank // inner` are neighbours on an inner ring.
+        wanted: `wanted[rank][source]`: the tokens of a source's shard that a rank computes with.
+        inner: ranks of an inner ring; the transport's size for a plain ring.
+        shard: this rank's tensors, all `[B, T, ...]`.
+        visit: `(source, tensors cut to the wanted tokens) -> what it adds to the sums of those tokens`, or None
+            without sums. Called once for every wanted shard, the own one first.
+        like: tensors on any device whose shapes after `[B, T]` and dtypes the sums have; none if there are no sums.
+
+    Returns:
+        The sums for this rank's own shard, over all ranks: as many tensors as `like`.
+    """
+    device, whole = shard[0].device, (0, shard[0].shape[1])
+    here: dict[int, _Part] = {transport.rank: _Part(whole, shard)}  # by source
+    arriving: dict[int, list[tuple[int, _Part]]] = {}  # by the time they are due
+    sums_arriving: list[_Part] = []
+    own: list[_Part] = []
+    posted: list[tuple[int, Exchange]] = []  # with the time by which they are done
+
+    def post(sent: Message | None, received: Message | None, *, due: int, lane: int) -> None:
+        if sent is None and received is None:
+            return
+        part = None if received is None else _Part(received.span, _empty(shard, received.span, device))
+        exchange = transport.exchange(
+            {} if sent is None else {sent.peer: here[sent.source].cut(sent.span)},
+            {} if received is None or part is None else {received.peer: part.tensors},
+            lane=lane,
+        )
+        posted.append((due, exchange))
+        if received is not None and part is not None:
+            part.exchange = exchange
+            arriving.setdefault(due, []).append((received.source, part))
+
+    for time, step in enumerate(steps(transport.rank, wanted, inner)):
+        for _, exchange in [entry for entry in posted if entry[0] <= time]:
+            exchange.wait()  # frees what was sent
+        posted = [entry for entry in posted if entry[0] > time]
+        here.update({source: part.arrived() for source, part in arriving.pop(time, [])})
+        post(*step.near, due=time + 1, lane=NEAR)
+        post(*step.far, due=time + inner, lane=FAR)
+        mine: list[_Part] = []
+        if step.needed is not None:
+            added = visit(step.source, here[step.source].cut(step.needed))
+            if added is not None:
+                mine.append(_Part(step.needed, added))
+        here.pop(step.source, None)
+        if time == 0:
+            own = mine
+            continue
+        outgoing: dict[int, Shard] = {}
+        if step.sums_sent is not None and like:
+            outgoing[step.sums_sent.peer] = _sum([*sums_arriving, *mine], step.sums_sent.span, like, device)
+        sums_arriving, sums_home = (
+            [_Part(message.span, _empty(like, message.span, device))] if message is not None and like else []
+            for message in (step.sums_next, step.sums_home)
+        )
+        incoming = {
+            message.peer: part.tensors
+            for message, parts in ((step.sums_next, sums_arriving), (step.sums_home, sums_home))
+            if message is not None
+            for part in parts
+        }
+        if outgoing or incoming:
+            exchange = transport.exchange(outgoing, incoming)
+            posted.append((time + 2, exchange))
+            for part in (*sums_arriving, *sums_home):
+                part.exchange = exchange
+        own += sums_home
+    for _, exchange in posted:
+        exchange.wait()
+    return _sum(own, whole, like, device)
+
+
+def _empty(like: Sequence[Tensor], span: Span, device: torch.device) -> Shard:
+    tokens = span[1] - span[0]
+    return tuple(torch.empty((t.shape[0], tokens, *t.shape[2:]), dtype=t.dtype, device=device) for t in like)
+
+
+def _sum(parts: Sequence[_Part], span: Span, like: Shard, device: torch.device) -> Shard:
+    """Add parts that cover some of `span`, in order; where one covers all of it, in its own memory."""
+    parts = [part.arrived() for part in parts]
+    base = next((part for part in parts if part.span == span), None)
+    sums = base.tensors if base is not None else tuple(tensor.zero_() for tensor in _empty(like, span, device))
+    for part in parts:
+        if part is not base:
+            for total, tensor in zip(sums, part.tensors, strict=True):
+                total[:, part.span[0] - span[0] : part.span[1] - span[0]] += tensor
+    return sums
