@@ -2,7 +2,6 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -202,7 +201,7 @@ def _stripes_hull(
         least = -total if part.least is None else part.least
         most = total if part.most is None else part.most
         end = total if limit is None else max(limit)
-        keys = [segment for segment in k_segments if segment.start < end]
+        keys = k_segments if end >= total else k_segments[: bisect_left(k_segments, end, key=_start)]
         q_range = _reaching(q_segments, keys, least=least, most=most)
         k_range = _reaching(keys, q_segments, least=-most, most=-least)
         if q_range and k_range:
@@ -215,19 +214,26 @@ def _stripes_hull(
 
 def _reaching(segments: Sequence[Segment], others: Sequence[Segment], *, least: int, most: int) -> Range | None:
     """Return the local range from the first to the last segment with one of `others` at `least` to `most` from it."""
-    starts, lasts = [other.start for other in others], [other.last for other in others]
 
     def reaches(index: int) -> bool:
         segment = segments[index]
-        nearest = bisect_left(lasts, segment.start + least)
-        return nearest < len(starts) and starts[nearest] <= segment.last + most
+        nearest = bisect_left(others, segment.start + least, key=_last)
+        return nearest < len(others) and others[nearest].start <= segment.last + most
 
     first = next((index for index in range(len(segments)) if reaches(index)), None)
     if first is None:
         return None
     last = next(index for index in reversed(range(len(segments))) if reaches(index))
-    ends = list(accumulate(segment.count for segment in segments))
-    return ends[first] - segments[first].count, ends[last]
+    begin = sum(segment.count for segment in segments[:first])
+    return begin, begin + sum(segment.count for segment in segments[first : last + 1])
+
+
+def _start(segment: Segment) -> int:
+    return segment.start
+
+
+def _last(segment: Segment) -> int:
+    return segment.last
 
 
 def _around(ranges: Sequence[Range]) -> Range:

@@ -1,12 +1,13 @@
 """Run the composition on shards and put the results together, next to dense attention on whole tensors."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from longctx.attention import ContextParallelAttention
-from longctx.kernels.mask import Mask, causal, documents, full, sliding_window
+from longctx.kernels.mask import Mask, causal, chunked, documents, full, predicate, prefix_lm, sliding_window
 from longctx.kernels.softmax.reference import dense_attention
 from longctx.parallel.layout import Layout
 from longctx.parallel.registry import resolve_schedule
@@ -19,13 +20,24 @@ LAYOUTS = {
     "striped3": ("striped", 3),
 }
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}
-MASKS = ("full", "causal", "window", "two_sided", "documents", "documents_window", "documents_full")
+MASKS = (
+    *("full", "causal", "window", "two_sided", "documents", "documents_window", "documents_full"),
+    *("sinks_window", "sinks_two_sided", "documents_sinks_window", "prefix", "prefix_window", "prefix_documents"),
+    *("prefix_per_document", "chunked", "chunked_documents"),
+)
 
 
 def make_mask(name: str, total: int) -> Mask:
-    """Return a mask by name; documents are of length 1, of odd lengths, and longer than a shard."""
+    """Return a mask by name; documents are of length 1, of odd lengths, and longer than a shard.
+
+    "predicate" is no band, for what takes predicates; it is not among `MASKS`.
+    """
     cuts = sorted({0, 1, 2, max(total // 3, 1) + 1, max(total - 2, 1), total})
-    packed = documents(tuple(cut for cut in cuts if cut <= total))
+    bounds = tuple(cut for cut in cuts if cut <= total)
+    packed = documents(bounds)
+    # None of the first document, all of the second, about half of the others.
+    prefixes = [(end - start) // 2 for start, end in pairwise(bounds)]
+    prefixes[:2] = [0, bounds[2] - bounds[1]] if len(prefixes) > 1 else [0]
     return {
         "full": full(),
         "causal": causal(),
@@ -34,7 +46,21 @@ def make_mask(name: str, total: int) -> Mask:
         "documents": packed & causal(),
         "documents_window": packed & sliding_window(4),
         "documents_full": packed,
+        "sinks_window": sliding_window(4, sinks=2),
+        "sinks_two_sided": sliding_window(3, 2, sinks=3),
+        "documents_sinks_window": packed & sliding_window(2, sinks=2),
+        "prefix": prefix_lm(total // 3),
+        "prefix_window": prefix_lm(total // 2) & sliding_window(5, 3),
+        "prefix_documents": packed & prefix_lm(3),
+        "prefix_per_document": prefix_lm(prefixes, bounds),
+        "chunked": chunked(5) & causal(),
+        "chunked_documents": packed & chunked(4),
+        "predicate": causal() & predicate(_not_a_multiple_of_three),
     }[name]
+
+
+def _not_a_multiple_of_three(q: Tensor, k: Tensor) -> Tensor:
+    return (q * k) % 3 != 0
 
 
 @dataclass
