@@ -20,8 +20,8 @@ from longctx.kernels.positions import check_bounds
 from longctx.kernels.predicate import Predicate, evaluate
 
 __all__ = [
-    "HeadMasks", "Mask", "Part", "Predicate", "causal", "chunked", "documents", "full", "per_head", "predicate",
-    "prefix_lm", "sliding_window",
+    "HeadMasks", "Mask", "Part", "Predicate", "causal", "chunked", "documents", "full", "per_head", "plain_masks",
+    "predicate", "prefix_lm", "sliding_window",
 ]  # fmt: skip
 
 
@@ -220,6 +220,11 @@ class HeadMasks:
     def banded(self) -> bool:
         """Tell whether bands say it all, for every head."""
         return all(mask.banded for mask in self.masks)
+
+
+def plain_masks(mask: Mask | HeadMasks) -> tuple[Mask, ...]:
+    """Return the masks of all heads, or the only one."""
+    return mask.masks if isinstance(mask, HeadMasks) else (mask,)
 
 
 def full() -> Mask:

@@ -119,11 +119,7 @@ class ContextParallelAttention:
             num_heads=len(split.q(0)),
             num_kv_heads=len(split.kv(0)),
             softcap=softcap is not None,
-            predicate=any(
-                not each.banded
-                for mask in plan.masks
-                for each in (mask.masks if isinstance(mask, HeadMasks) else (mask,))
-            ),
+            predicate=any(not mask.banded for mask in plan.masks),
         )
         shape = Shape(heads=heads, kv_heads=kv_heads, head_dim=q.shape[-1], v_head_dim=v.shape[-1], dtype=q.dtype)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longctx.kernels.mask import HeadMasks
+from longctx.kernels.mask import HeadMasks, plain_masks
 from longctx.kernels.positions import cut, total_pairs
 from longctx.kernels.tiles import tiles_between
 from longctx.parallel.layout import Layout
@@ -72,7 +72,7 @@ def describe(layout: Layout, masks: Sequence[AnyMask], schedule: Schedule, *, to
     Counting all ranks' work costs about 10 microseconds x cp^2 x documents; where that is more than a few seconds,
     rank 0's work alone is told.
     """
-    documents = max(len(mask.document_bounds(total)) - 1 for mask in masks)
+    documents = max(len(each.document_bounds(total)) - 1 for mask in masks for each in plain_masks(mask))
     first = plan(layout, tuple(masks), schedule, rank=0, total=total)
     busy = sum(hop.needed is not None for hop in first.hops)
     what = (

@@ -129,6 +129,31 @@ def steps(rank: int, wanted: Table, inner: int) -> tuple[Step, ...]:
     return tuple(step(time) for time in range(size))
 
 
+def sent(rank: int, wanted: Table, inner: int, *, payload: int, sums: int) -> tuple[int, dict[int, int]]:
+    """Return the exchanges that a rank takes part in and the bytes that it sends to each peer.
+
+    Args:
+        payload: bytes of one token of a shard.
+        sums: bytes of the sums of one token; 0 = there are none.
+    """
+    hops = 0
+    bytes_to: dict[int, int] = {}
+
+    def count(message: Message | None, size: int) -> None:
+        if message is not None:
+            tokens = message.span[1] - message.span[0]
+            bytes_to[message.peer] = bytes_to.get(message.peer, 0) + tokens * size
+
+    for step in steps(rank, wanted, inner):
+        for exchange in (step.near, step.far):
+            hops += any(exchange)
+            count(exchange[0], payload)
+        if sums:
+            hops += any((step.sums_sent, step.sums_next, step.sums_home))
+            count(step.sums_sent, sums)
+    return hops, bytes_to
+
+
 @dataclass(frozen=True)
 class _Path:
     """What is carried along one shard's path, by time.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from longctx.kernels.mask import HeadMasks, Mask
+from longctx.kernels.mask import HeadMasks, Mask, plain_masks
 from longctx.kernels.tiles import hull
 from longctx.parallel.layout import Layout
 from longctx.parallel.teams import Strip, Teams, team_shard
@@ -45,7 +45,7 @@ def needs_of(layout: Layout, masks: Sequence[Mask | HeadMasks], teams: Teams, *,
     """Return what any row of a batch, under any head's mask, needs: K/V of all rows and heads travel together."""
     plain: dict[Mask, None] = {}
     for mask in masks:
-        plain.update(dict.fromkeys(mask.masks if isinstance(mask, HeadMasks) else (mask,)))
+        plain.update(dict.fromkeys(plain_masks(mask)))
     tables = [_needs(layout, mask, teams, total) for mask in plain]
     if len(tables) == 1:
         return tables[0]

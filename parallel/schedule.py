@@ -44,6 +44,24 @@ class Shape:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True)
+class Sent:
+    """What one rank sends in one pass.
+
+    Attributes:
+        hops: exchanges that it takes part in.
+        bytes_to: bytes for each peer.
+    """
+
+    hops: int
+    bytes_to: dict[int, int]
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes for all peers."""
+        return sum(self.bytes_to.values())
+
+
 class Schedule(Hashable, Protocol):
     """Bring K/V past every rank that needs them, and the gradients home. A value: equal fields, equal behaviour.
 
@@ -81,6 +99,13 @@ class Schedule(Hashable, Protocol):
 
     def moves_queries(self, shape: Shape) -> bool:
         """Tell whether the backward pass sends queries round, and K/V stay (`backward` is not called then)."""
+        ...
+
+    def sent(self, team: int, needs: Needs, shape: Shape) -> tuple[Sent, Sent]:
+        """Return what a rank of `team` sends to other teams in the forward and the backward pass, per row of a batch.
+
+        Peers are teams. `shape` has the heads of one rank.
+        """
         ...
 
     def forward(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: Attend) -> None:

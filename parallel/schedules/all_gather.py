@@ -2,8 +2,8 @@
 2407.21783, section 3.3.2; `llama3` of ring-flash-attention).
 
 While one group of heads is computed, the next one is on its way. Memory is bounded by two groups of the whole
-sequence's K/V. Gradients go straight back to their owner, which adds them in rank order. A rank receives only the tokens that it
-needs, so under a window this is a halo exchange.
+sequence's K/V. Gradients go straight back to their owner, which adds them in rank order. A rank receives only the
+tokens that it needs, so under a window this is a halo exchange.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longctx.kernels.merge import accumulator_dtype
 from longctx.parallel.needs import Needs
-from longctx.parallel.schedule import Attend, AttendBackward, AttendQueries, KvHeads, Rows, Shape
+from longctx.parallel.schedule import Attend, AttendBackward, AttendQueries, KvHeads, Rows, Sent, Shape
 from longctx.parallel.teams import Teams, single_ranks
 from longctx.parallel.transport import Exchange, Transport
 
@@ -52,6 +52,19 @@ class AllGather:
     def moves_queries(self, shape: Shape) -> bool:
         """Say no: K/V are collected in both passes."""
         return False
+
+    def sent(self, team: int, needs: Needs, shape: Shape) -> tuple[Sent, Sent]:
+        """Count what others need of the own shard, twice, and the gradients of what is needed of theirs."""
+        others = [peer for peer in range(len(needs.keys)) if peer != team]
+        given = {peer: span[1] - span[0] for peer in others if (span := needs.keys[peer][team]) is not None}
+        taken = {peer: span[1] - span[0] for peer in others if (span := needs.keys[team][peer]) is not None}
+        low, wide = (
+            shape.kv_heads * (shape.head_dim + shape.v_head_dim) * d.itemsize for d in (shape.dtype, shape.wide)
+        )
+        hops = len(self._groups(shape.kv_heads)) if given or taken else 0
+        forward = Sent(hops, {peer: tokens * low for peer, tokens in given.items()})
+        peers = sorted({*given, *taken})
+        return forward, Sent(2 * hops, {p: given.get(p, 0) * low + taken.get(p, 0) * wide for p in peers})
 
     def forward(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: Attend) -> None:
         """Collect the needed K/V of each group of heads and attend to it."""

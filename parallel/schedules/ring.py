@@ -17,7 +17,7 @@ from longctx.kernels.merge import accumulator_dtype
 from longctx.parallel import circuit
 from longctx.parallel.circulate import circulate
 from longctx.parallel.needs import Needs
-from longctx.parallel.schedule import Attend, AttendBackward, AttendQueries, Rows, Shape
+from longctx.parallel.schedule import Attend, AttendBackward, AttendQueries, Rows, Sent, Shape
 from longctx.parallel.teams import Teams, neighbours, single_ranks, spread
 from longctx.parallel.transport import Transport
 
@@ -62,6 +62,18 @@ class Ring:
         rotate_kv = shape.kv_heads * (shape.head_dim + shape.v_head_dim) * (low + wide)
         rotate_q = shape.heads * ((shape.head_dim + shape.v_head_dim) * low + 2 * wide + shape.head_dim * wide)
         return rotate_q < rotate_kv
+
+    def sent(self, team: int, needs: Needs, shape: Shape) -> tuple[Sent, Sent]:
+        """Count the messages of the circuit: k and v, or q, dout, lse and delta, and the sums that follow them."""
+        inner, low, wide = self.inner(len(needs.keys)), shape.dtype.itemsize, shape.wide.itemsize
+        both = shape.head_dim + shape.v_head_dim
+        forward = circuit.sent(team, needs.keys, inner, payload=shape.kv_heads * both * low, sums=0)
+        if self.moves_queries(shape):
+            payload = shape.heads * (both * low + 2 * wide)
+            sums = shape.heads * shape.head_dim * wide
+            return Sent(*forward), Sent(*circuit.sent(team, needs.turned(), inner, payload=payload, sums=sums))
+        payload, sums = shape.kv_heads * both * low, shape.kv_heads * both * wide
+        return Sent(*forward), Sent(*circuit.sent(team, needs.keys, inner, payload=payload, sums=sums))
 
     def forward(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: Attend) -> None:
         """Send (k, v) round."""
