@@ -30,7 +30,8 @@ Train a model, or continue a run: a run directory that holds a checkpoint is con
 Every argument is a hydra override; without any, the default run is a small model on Python's own source code.
 
 config groups, `group=choice`:
-  attention=ring|striped|zigzag|local        token layout, schedule, mask and kernel of the attention
+  attention=all_gather|auto|burst|double_ring|local|ring|sink_window|striped|ulysses|usp|window|zigzag
+                                             token layout, schedule, mask and kernel of the attention
   model=tiny|llama3_8b|qwen3_8b              the decoder
   data=stdlib|folder|txt|jsonl|bin           where documents come from, how they are tokenized and packed
   parallel=auto                              how ranks are arranged: replicas, shards, context parallelism
@@ -44,6 +45,11 @@ keys used most, `group.key=value` (all of them, with what they mean: the files o
   run_dir=PATH                               where checkpoints, metrics and the resolved config go
   data.seq_len=N                             tokens per sequence, over all ranks that share it
   parallel.cp=N                              ranks that share one sequence (context parallelism)
+  attention.layout=contiguous|zigzag|striped|auto
+                                             which positions a rank owns; auto: what is predicted to be fastest
+  attention.schedule=ring|double_ring|all_gather|ulysses|usp|auto
+                                             whose keys and values arrive when, and how
+  attention.window=N                         keys that a token sees; attention.sinks=N first tokens stay visible
   train.steps=N                              optimizer steps of the whole run
   train.global_batch=N                       sequences per optimizer step, over all ranks
   optim.lr=X                                 peak learning rate

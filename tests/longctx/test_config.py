@@ -19,7 +19,7 @@ def test_the_default_run():
         config.train.steps = 3  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", ["striped", "ring", "zigzag", "local"])
+@pytest.mark.parametrize("name", config_groups()["attention"])
 def test_attention_changes_the_strategy_and_nothing_else(name):
     config, default = load_config([f"attention={name}"]), load_config([])
     assert dataclasses.replace(config, attention=default.attention) == default
@@ -63,7 +63,10 @@ def test_config_files_name_every_key_of_their_group():
         (["engine.dtype=float8"], ["engine.dtype=float8", "float32, bfloat16, float64"]),
         (["engine=deepspeed"], ["deepspeed", "native"]),
         (["attention.layout=spiral"], ["attention.layout=spiral", "contiguous, zigzag, striped"]),
-        (["attention.schedule=tree"], ["attention.schedule=tree", "ring, local"]),
+        (
+            ["attention.schedule=tree"],
+            ["attention.schedule=tree", "ring, double_ring, all_gather, ulysses, usp, local"],
+        ),
         (["attention=zigzag", "attention.width=8"], ["attention.width=8 needs attention.layout=striped"]),
         (["attention=striped", "attention.schedule=local"], ["attention.schedule=local", "contiguous"]),
         (["attention.causal=false"], ["unknown key 'attention.causal'"]),
