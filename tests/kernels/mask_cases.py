@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longctx.kernels.mask import Mask, chunked, documents, predicate, prefix_lm, sliding_window
+from longctx.kernels.mask import Mask, Part, chunked, documents, predicate, prefix_lm, sliding_window
 
 
 def even_sum(q: Tensor, k: Tensor) -> Tensor:
@@ -30,6 +30,8 @@ class Atom:
         if self.kind == "window":
             left, right, sinks = self.args
             return sliding_window(left, right, sinks=sinks)
+        if self.kind == "part":
+            return Mask((Part(*self.args),))
         return {
             "documents": documents,
             "prefix": prefix_lm,
@@ -50,6 +52,10 @@ class Atom:
             near = (left is None or k >= q - left) and (right is None or k <= q + right)
             sink = k - start_of(k, starts) < sinks and (k <= q or right != 0)
             return same and (near or sink)
+        if self.kind == "part":
+            least, most, first = self.args
+            inside = (least is None or k - q >= least) and (most is None or k - q <= most)
+            return same and inside and (first is None or k - document < first)
         if self.kind == "documents":
             return same
         if self.kind == "prefix":
@@ -81,6 +87,7 @@ def definition(atoms: list[Atom], total: int) -> Tensor:
 def atoms(total: int, *, predicates: bool = True) -> st.SearchStrategy[Atom]:
     """Return any mask of one constructor, for `total` tokens."""
     distance = st.one_of(st.none(), st.integers(0, total // 2))
+    offset = st.one_of(st.none(), st.integers(-total, total))
     bounds = st.sets(st.integers(1, total - 1), max_size=5).map(lambda inner: (0, *sorted(inner), total))
     per_document = bounds.flatmap(
         lambda b: st.tuples(st.tuples(*(st.integers(0, end - start) for start, end in pairwise(b))), st.just(b))
@@ -88,6 +95,7 @@ def atoms(total: int, *, predicates: bool = True) -> st.SearchStrategy[Atom]:
     kinds = [
         st.tuples(distance, distance, st.integers(0, total // 3)).map(lambda args: Atom("window", args)),
         st.tuples(distance, st.just(0), st.integers(0, total // 3)).map(lambda args: Atom("window", args)),
+        st.tuples(offset, offset, distance).map(lambda args: Atom("part", args)),
         bounds.map(lambda b: Atom("documents", (b,))),
         st.integers(0, total).map(lambda n: Atom("prefix", (n,))),
         per_document.map(lambda args: Atom("prefix_per_document", args)),

@@ -111,6 +111,11 @@ def test_a_prefix_is_seen_from_before():
     assert contiguous(0, 1, per_document) is None
 
 
+def test_the_first_tokens_of_each_document_are_looked_for_in_the_last_one_too():
+    mask = Mask((Part(first=5),)) & documents((0, N // 2, 8 * N))
+    assert contiguous(0, 0, mask) == ((0, N), (0, N // 2 + 5))
+
+
 def test_nothing_is_seen_through_a_mask_without_parts():
     assert contiguous(0, 0, Mask(())) is None
     stripes = Layout("striped", 2, 1).segments(0, 64), Layout("striped", 2, 4).segments(0, 64)

@@ -104,6 +104,8 @@ def test_an_integer_means_the_documents_of_the_whole_and_a_tuple_stays_where_it_
     one = prefix_lm((5,), (0, 12)) & packed
     assert one.parts[1].first == (4, 1, 0)
     # A prefix of 10 of the whole and sinks of 3 of each document, whichever comes first.
+    ahead = Mask((Part(first=(10,)),), (0, 12)) & Mask((Part(most=-1, first=3), Part(least=0)))
+    assert ahead.parts == (Part(None, -1, (10,), 3), Part(0, None, (10,)))
     late = prefix_lm((10,), (0, 12)) & Mask((Part(most=0), Part(least=1, first=3)))
     assert late.parts[1] == Part(1, None, (10,), 3)
     assert (late & packed).parts[1] == Part(1, None, (4, 2, 4), 3)
