@@ -41,27 +41,35 @@ SCORES = ("plain", "sink", "softcap", "sink_softcap")
 
 
 def make_heads(name: str, cp: int) -> tuple[int, int]:
-    """Return query and KV heads that any schedule can split over cp ranks; gqa's KV heads do not always divide by cp."""
+    """Return heads that any schedule can split over cp ranks; the KV heads of gqa need not divide by cp."""
     return {"mha": (cp, cp), "gqa": {1: (4, 2), 2: (4, 2), 3: (6, 2), 4: (8, 4), 8: (8, 2)}[cp], "mqa": (cp, 1)}[name]
 
 
-def make_schedules(cp: int) -> dict[str, Schedule]:
-    """Return every schedule over cp ranks by an id that says how it is arranged."""
+def make_schedule(kind: str, cp: int) -> Schedule:
+    """Return a schedule of `SCHEDULES` over cp ranks."""
     two = 2 if cp % 2 == 0 and cp > 2 else 1
     usp = 2 if cp % 2 == 0 else cp
     return {
         "ring": Ring(backward_moves="rotate_kv"),
         "burst": Ring(backward_moves="rotate_q"),
-        f"double_ring{two}x{cp // two}": DoubleRing(ranks_per_ring=two, backward_moves="rotate_kv"),
-        f"double_burst{two}x{cp // two}": DoubleRing(ranks_per_ring=two, backward_moves="rotate_q"),
+        "double_ring": DoubleRing(ranks_per_ring=two, backward_moves="rotate_kv"),
+        "double_burst": DoubleRing(ranks_per_ring=two, backward_moves="rotate_q"),
         "all_gather": AllGather(),
         "ulysses": Ulysses(),
-        f"usp{usp}x{cp // usp}": Usp(ulysses=usp, innermost="ulysses", backward_moves="rotate_kv"),
-        f"usp{usp}x{cp // usp}-outer": Usp(ulysses=usp, innermost="ring", backward_moves="rotate_q"),
-    }
+        "usp": Usp(ulysses=usp, innermost="ulysses", backward_moves="rotate_kv"),
+        "usp_spread": Usp(ulysses=usp, innermost="ring", backward_moves="rotate_q"),
+    }[kind]
 
 
-SCHEDULE_KINDS = len(make_schedules(4))
+SCHEDULES = ("ring", "burst", "double_ring", "double_burst", "all_gather", "ulysses", "usp", "usp_spread")
+
+
+def arranged(kind: str, cp: int) -> str:
+    """Return the kind with its arrangement, such as `usp2x2`, for ids."""
+    schedule = make_schedule(kind, cp)
+    if isinstance(schedule, DoubleRing):
+        return f"{kind}{schedule.ranks_per_ring}x{cp // schedule.ranks_per_ring}"
+    return f"{kind}{schedule.ulysses}x{cp // schedule.ulysses}" if isinstance(schedule, Usp) else kind
 
 
 MASKS = (
@@ -96,7 +104,8 @@ def make_mask(name: str, total: int, *, heads: int = 4) -> Mask | HeadMasks:
         "prefix_per_document": prefix_lm(prefixes, bounds),
         "chunked": chunked(5) & causal(),
         "chunked_documents": packed & chunked(4),
-        "per_head": packed & per_head([causal() if head % 3 == 0 else sliding_window(head + 1) for head in range(heads)]),
+        "per_head": packed
+        & per_head([causal() if head % 3 == 0 else sliding_window(head + 1) for head in range(heads)]),
         "predicate": causal() & predicate(_not_a_multiple_of_three),
     }[name]
 

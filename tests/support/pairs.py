@@ -8,29 +8,38 @@ Case = dict[str, Any]
 
 
 def covering(factors: Mapping[str, Sequence[Any]], *, legal: Callable[[Case], bool] = lambda case: True) -> list[Case]:
-    """Return cases, greedily: each next one holds as many uncovered pairs as any of the legal product.
+    """Return cases, each begun with the first pair that is not covered yet and filled up greedily.
 
     The same factors give the same cases, in the same order.
+
+    Args:
+        legal: tells whether a case, of which some factors may be missing, can be made a legal one.
     """
     names = list(factors)
-    cases = [case for values in product(*factors.values()) if legal(case := dict(zip(names, values, strict=True)))]
-    pairs = {id(case): {(a, case[a], b, case[b]) for a, b in combinations(names, 2)} for case in cases}
-    missing = set().union(*pairs.values())
-    chosen: list[Case] = []
-    # Gains only shrink, so a case whose gain was found earlier cannot be better than it was then.
-    queue = sorted(((len(pairs[id(case)]), -index) for index, case in enumerate(cases)), reverse=True)
+    missing = {
+        (a, x, b, y): None
+        for a, b in combinations(names, 2)
+        for x, y in product(factors[a], factors[b])
+        if legal({a: x, b: y})
+    }
+    cases: list[Case] = []
     while missing:
-        best, best_gain, kept = 0, -1, []
-        for position, (bound, index) in enumerate(queue):
-            if bound <= best_gain:
-                kept += queue[position:]
-                break
-            gain = len(pairs[id(cases[-index])] & missing)
-            if gain > best_gain:
-                best, best_gain = index, gain
-            if gain:
-                kept.append((gain, index))
-        chosen.append(cases[-best])
-        missing -= pairs[id(cases[-best])]
-        queue = sorted(kept, reverse=True)
-    return chosen
+        a, x, b, y = next(iter(missing))
+        case = {a: x, b: y}
+        for name in names:
+            if name not in case:
+                choices = [value for value in factors[name] if legal({**case, name: value})]
+                case[name] = max(choices, key=lambda value: sum(p in missing for p in _with(case, name, value, names)))
+        for a, b in combinations(names, 2):
+            missing.pop((a, case[a], b, case[b]), None)
+        cases.append({name: case[name] for name in names})
+    return cases
+
+
+def _with(case: Case, name: str, value: Any, names: list[str]) -> list[tuple[str, Any, str, Any]]:
+    """Return the pairs that a value makes with those chosen so far."""
+    place = names.index(name)
+    return [
+        (name, value, other, case[other]) if place < names.index(other) else (other, case[other], name, value)
+        for other in case
+    ]
