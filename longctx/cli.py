@@ -68,6 +68,37 @@ An unknown key, a wrong type or a combination that cannot work is refused before
 the key and the alternatives.
 """
 
+VERIFY_HELP = """\
+usage: longctx verify [--tokens N] [key=value ...]
+       torchrun --nproc-per-node N -m longctx.verify [key=value ...]     on the real ranks, devices and network
+
+Prove on your own configuration, at small size, that context parallelism changes nothing: every check is a line of a
+table with what was measured, what it must be, and pass or FAIL with the place and the likely cause.
+
+Takes the arguments of `longctx train` (see `longctx train --help`). Without torchrun the ranks are simulated in this
+process: parallel.cp of them, or 4. Layers and tokens are few, heads, KV heads, mask, layout, schedule, kernel and dtype
+are yours; windows, chunks and prefixes that would not cut inside so short a sequence are scaled, and that is printed.
+
+checked:
+  layout, positions, labels, mask            against the tokens of a corpus and the words of the configuration
+  plan                                       every visible pair is computed once; nothing else is fetched
+  attention                                  outputs and all gradients in float64 against dense attention, and in
+                                             engine.dtype within 2x (gradients 3x) of torch's own error
+  leak probes                                change one token: exactly what may see it moves, forward and backward
+  traffic                                    hops and bytes against the plan, and against the textbook's formulas
+  decoder                                    loss and every parameter's gradient against one rank; with torchrun also
+                                             a step of the engine
+
+  --tokens N                                 tokens per rank (default 67, fewer where heads x ranks are many)
+
+examples:
+  longctx verify attention=zigzag parallel.cp=8
+  longctx verify attention.window=4096 attention.sinks=4 data.seq_len=131072 engine.dtype=bfloat16
+  torchrun --nproc-per-node 8 -m longctx.verify model=llama3_8b attention.schedule=ulysses engine.dtype=bfloat16
+
+Exit status: 0 all passed, 1 something failed, 2 the configuration cannot run.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -80,6 +111,9 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command(module="longctx.train", summary="train a model, or continue a run", help=TRAIN_HELP),
+    "verify": Command(
+        module="longctx.verify", summary="prove a configuration at small size, in a table", help=VERIFY_HELP
+    ),
 }
 
 

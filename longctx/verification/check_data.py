@@ -1,0 +1,131 @@
+"""Checks of what a rank is given: its tokens, positions, labels and mask, against the corpus and the config's words."""
+
+import torch
+from torch import Tensor
+
+from longctx.attention import ContextParallelAttention
+from longctx.batch import shard_samples
+from longctx.kernels.mask import plain_masks
+from longctx.parallel.transport import Transport
+from longctx.verification.bench import Bench
+from longctx.verification.report import Finding, none_wrong
+from longctx.verification.small import Small
+
+
+def check_data(small: Small, bench: Bench) -> list[Finding]:
+    """Check layout, positions, tokens, labels and masks."""
+
+    def shards(transport: Transport) -> dict[str, Tensor]:
+        batch = shard_samples(
+            small.samples, attention=attention_of(small, transport), config=small.attention, device=bench.device
+        )
+        count = torch.tensor(batch.num_labels)
+        return {"tokens": batch.tokens, "labels": batch.labels, "positions": batch.positions, "count": count}
+
+    ranks = bench.run(shards)
+    positions = torch.cat([rank["positions"] for rank in ranks])
+    return [
+        _round_trip(small),
+        _positions(small, positions),
+        _in_place(small, "tokens", [rank["tokens"] for rank in ranks], positions, torch.stack(small.tokens)),
+        *_labels(small, ranks, positions),
+        _masks(small),
+    ]
+
+
+def attention_of(small: Small, transport: Transport) -> ContextParallelAttention:
+    """Return the attention that training would use, of one rank."""
+    return ContextParallelAttention(
+        layout=small.layout, schedule=small.schedule, transport=transport, kernel=small.source.attention.kernel
+    )
+
+
+def where(small: Small, position: int) -> str:
+    """Return a position in words."""
+    document = int(small.documents[0][position])
+    rank = next(r for r in range(small.cp) if position in small.layout.positions(r, small.total).tolist())
+    return f"position {position} (document {document}, cp rank {rank})"
+
+
+def _round_trip(small: Small) -> Finding:
+    """Shard numbers that are their own positions; the integers of `segments` and the tensors must tell the same."""
+    layout, whole = small.layout, torch.arange(small.total)
+    shards = [layout.shard(whole, rank=rank, dim=0) for rank in range(small.cp)]
+    segments = [
+        torch.cat([s.start + s.stride * torch.arange(s.count) for s in layout.segments(rank, small.total)])
+        for rank in range(small.cp)
+    ]
+    wrong = sum(_different(a, b) for a, b in zip(shards, segments, strict=True))
+    wrong += _different(layout.unshard(shards, dim=0), whole)
+    wrong += _different(torch.cat(segments).sort().values, whole)
+    why = (
+        "tokens that are cut by the layout and put back do not come back in place, are owned twice or by no rank, or "
+        "Layout.positions (which cuts tensors) and Layout.segments (which plans) tell different positions"
+    )
+    return none_wrong("layout: round trip", wrong, small.total, why=why)
+
+
+def _positions(small: Small, positions: Tensor) -> Finding:
+    expected = torch.cat([small.layout.positions(rank, small.total) for rank in range(small.cp)])
+    wrong = max(_different(positions, expected), _different(positions.sort().values, torch.arange(small.total)))
+    why = (
+        "the positions that RoPE gets on the ranks are not those of the tokens: every shard must have GLOBAL positions"
+    )
+    return none_wrong("positions for RoPE", wrong, small.total, why=why)
+
+
+def _in_place(small: Small, name: str, shards: list[Tensor], positions: Tensor, expected: Tensor) -> Finding:
+    """Compare shards, put to their own positions, with the whole."""
+    got = torch.full_like(expected, -1)
+    got[:, positions] = torch.cat(shards, dim=1)
+    wrong = got != expected
+    why = ""
+    if wrong.any():
+        row, place = wrong.nonzero()[0].tolist()
+        why = (
+            f"first in sequence {row} at {where(small, place) if row == 0 else f'position {place}'}: got "
+            f"{int(got[row, place])}, must be {int(expected[row, place])}"
+        )
+    return none_wrong(name, int(wrong.sum()), expected.numel(), why=why)
+
+
+def _labels(small: Small, ranks: list[dict[str, Tensor]], positions: Tensor) -> list[Finding]:
+    expected = torch.stack(small.labels)
+    found = _in_place(small, "labels: the next token", [rank["labels"] for rank in ranks], positions, expected)
+    if not found.passed:
+        hint = (
+            "labels must be shifted before they are sharded, and be ignored where a document ends or the token is seen"
+        )
+        found = none_wrong(
+            found.name, int(found.measured.split()[0].replace(",", "")), expected.numel(), why=f"{found.why}; {hint}"
+        )
+    counted, real = sum(int(rank["count"]) for rank in ranks), int((expected >= 0).sum())
+    why = "losses are divided by this count, summed over ranks: it must be that of the labels, wherever they lie"
+    return [
+        found,
+        Finding(
+            name="labels: count over ranks", measured=f"{counted:,}", bound=f"{real:,}", passed=counted == real, why=why
+        ),
+    ]
+
+
+def _masks(small: Small) -> Finding:
+    """Compare the mask algebra's own definition with the config's words; HeadMasks head by head."""
+    place = torch.arange(small.total)
+    wrong = of = 0
+    why = ""
+    for row, (mask, seen) in enumerate(zip(small.masks, small.allowed, strict=True)):
+        got = torch.stack([one.allowed(place, place, total=small.total) for one in plain_masks(mask)])
+        bad = got != seen
+        wrong, of = wrong + int(bad.sum()), of + bad.numel()
+        if bad.any() and not why:
+            head, q, k = bad.nonzero()[0].tolist()
+            sees = "sees" if got[head, q, k] else "does not see"
+            why = (
+                f"first in sequence {row}, mask {head}: query {q} {sees} key {k} (documents, windows, chunks, prefix?)"
+            )
+    return none_wrong("mask: pairs as configured", wrong, of, why=why)
+
+
+def _different(a: Tensor, b: Tensor) -> int:
+    return int((a != b).sum()) if a.shape == b.shape else max(a.numel(), b.numel())

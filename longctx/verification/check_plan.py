@@ -1,0 +1,94 @@
+"""Checks of the plan, integers only: every visible pair is computed once, by the rank and hop that has it."""
+
+import torch
+from torch import Tensor
+
+from longctx.kernels.tiles import visible
+from longctx.parallel.balance import balance
+from longctx.parallel.heads import HeadSplit
+from longctx.parallel.plan import Hop, Plan, plan
+from longctx.parallel.teams import team_shard
+from longctx.verification.report import Finding, none_wrong
+from longctx.verification.small import Small
+
+
+def check_plan(small: Small) -> list[Finding]:
+    """Check coverage of all ranks' tiles, the shards that are fetched, and tell the balance."""
+    plans = [plan(small.layout, small.masks, small.schedule, rank=rank, total=small.total) for rank in range(small.cp)]
+    findings = [_coverage(small, plans, queries_travel=False)]
+    if small.schedule.moves_queries(small.shape(small.dtype, small.source.model.head_size)):
+        findings.append(_coverage(small, plans, queries_travel=True))
+    if plans[0].teams.count > 1:
+        findings.append(_fetched(small, plans[0]))
+    work = balance(small.layout, small.masks, small.schedule, total=small.total)
+    findings.append(
+        Finding(
+            name="plan: balance at this size",
+            measured=f"{work.efficiency:.1%} of ideal",
+            bound=f"busiest {work.imbalance:.2f}x",
+            passed=None,
+        )
+    )
+    return findings
+
+
+def team_positions(small: Small, members: tuple[int, ...]) -> Tensor:
+    """Return the positions of a team's tokens in the order in which it holds them."""
+    segments = [segment for strip in team_shard(small.layout, members, small.total) for segment in strip]
+    return torch.cat([s.start + s.stride * torch.arange(s.count) for s in segments])
+
+
+def _coverage(small: Small, plans: list[Plan], *, queries_travel: bool) -> Finding:
+    """Count how often each pair of each head is computed, over all ranks and hops."""
+    heads, total = small.model.num_heads, small.total
+    counts = torch.zeros(len(small.samples), heads, total, total, dtype=torch.uint8)
+    for rank, each in enumerate(plans):
+        hops = list(each.query_hops.values()) if queries_travel else list(each.hops)
+        for hop in hops:
+            _count(small, each, hop, rank, counts, queries_travel=queries_travel)
+    seen = torch.stack([allowed.expand(heads, -1, -1) for allowed in small.allowed])
+    missed, twice, hidden = (int(x.sum()) for x in (seen & (counts == 0), seen & (counts > 1), ~seen & (counts > 0)))
+    name = "plan: pairs, when queries travel" if queries_travel else "plan: pairs computed once"
+    why = f"{missed:,} visible pairs are not computed, {twice:,} more than once, {hidden:,} hidden ones are"
+    return none_wrong(name, missed + twice + hidden, counts.numel(), why=why)
+
+
+def _count(small: Small, each: Plan, hop: Hop, rank: int, counts: Tensor, *, queries_travel: bool) -> None:
+    if hop.needed is None:
+        return
+    teams = each.teams
+    team, member = teams.place(rank)
+    own = team_positions(small, teams.members[team])
+    coming = team_positions(small, teams.members[hop.source])[hop.needed[0] : hop.needed[1]]
+    queries, keys = (coming, own) if queries_travel else (own, coming)
+    mine = HeadSplit(small.model.num_heads, small.model.num_kv_heads, teams.size).q(member)
+    for tiles in hop.lists:
+        rows = slice(None) if tiles.rows is None else slice(*tiles.rows)
+        begin, end = tiles.heads or (0, len(mine))
+        for tile in tiles.tiles:
+            q, k = queries[tile.rows], keys[tile.columns]
+            counts[rows, mine[0] + begin : mine[0] + end, q[:, None], k[None, :]] += visible(tile, device="cpu").to(
+                torch.uint8
+            )
+
+
+def _fetched(small: Small, any_plan: Plan) -> Finding:
+    """Compare the shards that a team asks another one for with those that it sees something of."""
+    members, keys = any_plan.teams.members, any_plan.needs.keys
+    seen = torch.stack([allowed.any(dim=0) for allowed in small.allowed]).any(dim=0)
+    places = [team_positions(small, each) for each in members]
+    pairs = [(a, b) for a in range(len(members)) for b in range(len(members)) if a != b]
+    visible_pairs = {(a, b) for a, b in pairs if seen[places[a][:, None], places[b][None, :]].any()}
+    asked = {(a, b) for a, b in pairs if keys[a][b] is not None}
+    tokens = sum(span[1] - span[0] for a, b in asked if (span := keys[a][b]) is not None)
+    whole = small.total // len(members)
+    return Finding(
+        name="plan: shards fetched",
+        measured=f"{len(asked)} of {len(pairs)}, {tokens / (whole * len(pairs)):.0%} of tokens",
+        bound=f"{len(visible_pairs)} have something",
+        passed=asked == visible_pairs,
+        why=(
+            f"(reader, owner) asked for though nothing is visible: {sorted(asked - visible_pairs)}; not asked "
+            f"for though something is: {sorted(visible_pairs - asked)}"
+        ),
+    )

@@ -1,0 +1,199 @@
+"""The user's configuration at small size: fewer tokens, narrow layers, masks that still cut; and a corpus for it.
+
+Every token of the corpus is a different number, so that any tensor of tokens says by itself where each came from.
+"""
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longctx.attention_config import AttentionConfig
+from longctx.config import Config
+from longctx.data.indexed import IndexedWriter, TokenStore, token_dtype
+from longctx.data.stream import PackedStream, Sample
+from longctx.engines.engine import DTYPES
+from longctx.kernels.mask import HeadMasks, Mask
+from longctx.model import ModelConfig
+from longctx.parallel.layout import Layout
+from longctx.parallel.schedule import Schedule, Shape
+from longctx.verification import truth
+
+TOKENS_PER_RANK = 67  # odd: zigzag halves and stripes of any width have a remainder
+LEAST_TOKENS = 9
+LAYERS, DIM, HIDDEN, HEAD_DIM = 2, 32, 48, 8
+SAMPLES = 2
+_SCORES = 12_000_000  # heads x T x T that a dense score matrix may have
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small:
+    """What is verified.
+
+    Attributes:
+        attention: scaled; layout and schedule are made of it.
+        model: scaled, vocabulary included.
+        source: the configuration as given.
+        samples: two packed sequences with different documents.
+        document_of_token: int64 `[vocabulary]`.
+        scaled: what is not as configured, in words.
+    """
+
+    source: Config
+    attention: AttentionConfig
+    model: ModelConfig
+    layout: Layout
+    schedule: Schedule
+    total: int
+    samples: tuple[Sample, ...]
+    document_of_token: Tensor
+    scaled: tuple[str, ...]
+
+    @property
+    def cp(self) -> int:
+        return self.layout.cp
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the configured arithmetic."""
+        return DTYPES[self.source.engine.dtype]
+
+    @cached_property
+    def masks(self) -> tuple[Mask | HeadMasks, ...]:
+        """Return the masks that training would use, one per sample."""
+        return tuple(self.attention.mask(sample.cu_seqlens) for sample in self.samples)
+
+    @cached_property
+    def tokens(self) -> list[Tensor]:
+        """Return each sample's tokens."""
+        return [torch.from_numpy(sample.tokens) for sample in self.samples]
+
+    @cached_property
+    def documents(self) -> list[Tensor]:
+        """Return each sample's document numbers by the truth."""
+        return [truth.documents_of(tokens, self.document_of_token) for tokens in self.tokens]
+
+    @cached_property
+    def allowed(self) -> list[Tensor]:
+        """Return each sample's visibility by the truth."""
+        return [truth.allowed(self.attention, documents) for documents in self.documents]
+
+    @cached_property
+    def labels(self) -> list[Tensor]:
+        """Return each sample's labels by the truth."""
+        return [
+            truth.labels_of(self.attention, tokens, documents, self.document_of_token)
+            for tokens, documents in zip(self.tokens, self.documents, strict=True)
+        ]
+
+    def shape(self, dtype: torch.dtype, head_dim: int) -> Shape:
+        """Return what the costs of a layer depend on."""
+        return Shape(
+            heads=self.model.num_heads,
+            kv_heads=self.model.num_kv_heads,
+            head_dim=head_dim,
+            v_head_dim=head_dim,
+            dtype=dtype,
+        )
+
+
+def shrink(config: Config, *, cp: int, per_machine: int, tokens_per_rank: int | None = None) -> Small:
+    """Scale a configuration down.
+
+    Raises:
+        ValueError: ranks and heads that the schedule cannot arrange, or too few tokens.
+    """
+    if tokens_per_rank is not None and tokens_per_rank < LEAST_TOKENS:
+        raise ValueError(f"--tokens (per rank) must be >= {LEAST_TOKENS}; given {tokens_per_rank}")
+    heads = config.model.num_heads
+    n = tokens_per_rank or TOKENS_PER_RANK
+    while tokens_per_rank is None and n > LEAST_TOKENS and heads * (n * cp) ** 2 > _SCORES:
+        n -= 2
+    total = n * cp
+    attention, scaled = _small_attention(config.attention, total=total, shard=n, seq_len=config.data.seq_len)
+    lengths = _document_lengths(total)
+    model = dataclasses.replace(
+        config.model,
+        vocab_size=sum(lengths),
+        dim=min(config.model.dim, DIM),
+        num_layers=min(config.model.num_layers, LAYERS),
+        head_dim=min(config.model.head_size, HEAD_DIM),
+        hidden_dim=min(config.model.hidden_dim, HIDDEN),
+    )
+    layout = attention.make_layout(cp)
+    layout.check_total(total)
+    return Small(
+        source=config,
+        attention=attention,
+        model=model,
+        layout=layout,
+        schedule=attention.make_schedule(cp, heads=heads, kv_heads=config.model.num_kv_heads, per_machine=per_machine),
+        total=total,
+        samples=_samples(lengths, total=total, seed=config.data.seed),
+        document_of_token=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        scaled=tuple(scaled),
+    )
+
+
+def _small_attention(
+    config: AttentionConfig, *, total: int, shard: int, seq_len: int
+) -> tuple[AttentionConfig, list[str]]:
+    """Scale lengths that would not cut inside the longest document as the sequence is scaled, and say so."""
+    longest = max(total // 2, 2)
+
+    def length(value: int, limit: int) -> int:
+        if value <= min(shard // 2, limit):
+            return value
+        return max(min(value * total // seq_len, value, limit), 3)
+
+    changes: dict[str, Any] = {}
+    for key in ("window", "chunk", "prefix"):
+        if (value := getattr(config, key)) is not None:
+            changes[key] = length(value, longest // 2)
+    if config.head_windows is not None:
+        changes["head_windows"] = [None if w is None else length(w, longest // 2) for w in config.head_windows]
+    changes["sinks"] = min(config.sinks, max(shard // 8, 1))
+    changes["width"] = min(config.width, max(shard // 3, 1))
+    small = dataclasses.replace(config, **changes)
+    differs = [key for key in changes if getattr(small, key) != getattr(config, key)]
+    return small, [f"attention.{key} {getattr(config, key)} -> {getattr(small, key)}" for key in differs]
+
+
+def _document_lengths(total: int) -> list[int]:
+    """Return lengths of 1, odd, across ranks and over whole shards, enough for the samples and one token more."""
+    pattern = [total // 2 | 1, total // 4, total // 8 | 1, 9, 5, 2, 1, 1, 3]
+    lengths: list[int] = []
+    left = SAMPLES * total + 3
+    while left:
+        lengths.append(max(min(pattern[len(lengths) % len(pattern)], left), 1))
+        left -= lengths[-1]
+    return lengths
+
+
+def _samples(lengths: list[int], *, total: int, seed: int) -> tuple[Sample, ...]:
+    """Return samples of the stream that training reads, from a corpus of numbered tokens.
+
+    Of the orders that different seeds give, the first whose first sample has a long document and one of one token.
+    """
+    with tempfile.TemporaryDirectory(prefix="longctx-verify-") as folder:
+        prefix = Path(folder, "corpus")
+        with IndexedWriter(prefix, dtype=token_dtype(sum(lengths))) as writer:
+            first = 0
+            for length in lengths:
+                writer.add_document(np.arange(first, first + length))
+                first += length
+        store = TokenStore(prefix)
+        samples: tuple[Sample, ...] = ()
+        for each in range(seed, seed + 64):
+            stream = PackedStream(store, seq_len=total, seed=each, held_out=0.0, split="train", vocab_size=sum(lengths))
+            samples = tuple(stream.sample(index) for index in range(SAMPLES))
+            pieces = np.diff(samples[0].cu_seqlens)
+            if pieces.min() == 1 and pieces.max() >= total // 2:
+                break
+        return samples

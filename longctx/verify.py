@@ -1,0 +1,204 @@
+"""`longctx verify`: prove on the user's own configuration, at small size, that context parallelism changes nothing."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from longctx.cli import VERIFY_HELP
+from longctx.config import Config, load_config
+from longctx.parallel.mesh import (
+    Degrees,
+    Launch,
+    build_far_group,
+    build_mesh,
+    init_distributed,
+    read_launch,
+    resolve_degrees,
+)
+from longctx.parallel.ranks import Ranks
+from longctx.parallel.transport import ProcessGroupTransport
+from longctx.setup import check_kernel, check_world
+from longctx.verification.bench import Bench, RealRanks, SimulatedRanks
+from longctx.verification.check_attention import check_dtype, check_exact
+from longctx.verification.check_data import check_data
+from longctx.verification.check_engine import check_engine
+from longctx.verification.check_leaks import check_leaks
+from longctx.verification.check_model import check_model, check_model_leaks
+from longctx.verification.check_plan import check_plan
+from longctx.verification.check_traffic import check_traffic
+from longctx.verification.report import Finding, Table, everywhere, raised
+from longctx.verification.small import Small, shrink
+
+SIMULATED = (4, 2, 3)  # cp where the config leaves it open: the first that fits
+Group = tuple[str, Callable[[], list[Finding]]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Verify with these hydra overrides; return 0 if all passed, 1 if not, 2 for a configuration that cannot run."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        print(VERIFY_HELP, end="")
+        return 0
+    launch = read_launch()
+    try:
+        overrides, tokens = _tokens(arguments)
+        config = load_config(overrides)
+        if launch.launched:
+            return _on_real_ranks(config, launch, tokens)
+        return _on_simulated_ranks(config, tokens)
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:
+        where = f" on rank {launch.rank}" if launch.rank > 0 else ""
+        if launch.rank > 0:
+            time.sleep(10)  # rank 0 nearly always has the same to say, and the launcher then ends all
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def check_groups(small: Small, bench: Bench) -> list[Group]:
+    """Return all checks of a bench, in the order of the table, with what to call each where it cannot be made."""
+
+    def in_dtype() -> list[Finding]:
+        findings, outcome = check_dtype(small, bench)
+        return findings + check_traffic(small, bench, outcome)
+
+    def leaks(dtype: torch.dtype, head_dim: int) -> Callable[[], list[Finding]]:
+        return lambda: check_leaks(small, bench, dtype=dtype, head_dim=head_dim)
+
+    groups: list[Group] = [
+        ("layout, labels, mask", lambda: check_data(small, bench)),
+        ("plan", lambda: check_plan(small)),
+        ("attention in float64", lambda: check_exact(small, bench)),
+        ("leak probes in float64", leaks(torch.float64, small.model.head_size)),
+        ("attention as configured", in_dtype),
+    ]
+    if small.dtype != torch.float64:
+        groups.append(("leak probes as configured", leaks(small.dtype, small.source.model.head_size)))
+    groups.append(("decoder", lambda: check_model(small, bench)))
+    groups.append(("decoder: leak probes", lambda: [check_model_leaks(small, bench)]))
+    return groups
+
+
+def _on_simulated_ranks(config: Config, tokens: int | None) -> int:
+    degrees, per_machine = _simulated_degrees(config)
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    check_kernel(config, device_type=device.type)
+    small = shrink(config, cp=degrees.cp, per_machine=per_machine, tokens_per_rank=tokens)
+    table = Table(sys.stdout)
+    given = "parallel.cp" if config.parallel.cp else "parallel.cp is null"
+    ranks = f"{degrees.cp} simulated in this process ({given}), {per_machine} to a machine, on {device.type}"
+    _announce(table, small, ranks)
+    begin = time.monotonic()
+    for name, check in check_groups(small, SimulatedRanks(degrees.cp, device)):
+        for finding in _attempt(name, check):
+            table.add(finding)
+    return _conclude(table, begin)
+
+
+def _on_real_ranks(config: Config, launch: Launch, tokens: int | None) -> int:
+    degrees = check_world(config, world_size=launch.world_size, per_machine=launch.local_world_size)
+    device = init_distributed(launch)
+    try:
+        with Ranks() as ranks:
+            ranks.check_equal(config.digest(), what="the configuration")
+            check_kernel(config, device_type=device.type)
+            small = shrink(config, cp=degrees.cp, per_machine=launch.local_world_size, tokens_per_rank=tokens)
+            mesh = build_mesh(degrees, device_type=device.type)
+            transport = ProcessGroupTransport(
+                mesh.get_group("cp"), far_group=build_far_group(mesh, config.attention.schedule)
+            )
+            gatherers = [dist.new_group(each, backend="gloo") for each in mesh.mesh.reshape(-1, degrees.cp).tolist()]
+            bench = RealRanks(transport, gatherers[ranks.rank // degrees.cp], device)
+            table = Table(sys.stdout if ranks.first else None)
+            _announce(table, small, f"{ranks.size} real ranks, {degrees}, on {device.type}")
+            groups = check_groups(small, bench)
+            groups.append(("engine step", lambda: check_engine(small, transport, degrees=degrees, device=device)))
+            begin = time.monotonic()
+            for name, check in groups:
+                for finding in everywhere(ranks.gather(_attempt(name, check))):
+                    table.add(finding)
+            return _conclude(table, begin)
+    finally:
+        dist.destroy_process_group()
+
+
+def _tokens(arguments: Sequence[str]) -> tuple[list[str], int | None]:
+    """Split off `--tokens N` (or `--tokens=N`); what remains are hydra overrides."""
+    overrides: list[str] = []
+    tokens: int | None = None
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != "--tokens":
+            overrides.append(argument)
+            continue
+        text = value if equals else next(rest, "")
+        if not text.isdecimal():
+            raise ValueError(f"--tokens needs a number of tokens per rank; given {text!r}")
+        tokens = int(text)
+    return overrides, tokens
+
+
+def _attempt(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """Return the findings of some checks; a check that raises has failed, whatever it raised."""
+    try:
+        return check()
+    except Exception as error:
+        return [raised(name, error)]
+
+
+def _simulated_degrees(config: Config) -> tuple[Degrees, int]:
+    """Return the mesh of a world that is as large as the config asks for, and how many ranks share a machine."""
+    parallel, attention = config.parallel, config.attention
+    problem: ValueError | None = None
+    for cp in [parallel.cp] if parallel.cp else SIMULATED if attention.distributed else (1,):
+        per_machine = cp // 2 if cp % 2 == 0 and cp > 2 else cp  # two machines, for schedules that care
+        world = (parallel.dp_replicate or 1) * parallel.dp_shard * cp
+        try:
+            degrees = resolve_degrees(parallel, world_size=world, distributed_schedule=attention.distributed)
+            if parallel.cp is None and attention.distributed:
+                degrees = Degrees(degrees.dp_replicate, degrees.dp_shard, cp)
+            check_world(config, world_size=world, per_machine=per_machine)
+            return degrees, per_machine
+        except ValueError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _announce(table: Table, small: Small, ranks: str) -> None:
+    source, model, attention = small.source.model, small.model, small.attention
+    sample = small.samples[0]
+    lengths = [b - a for a, b in zip(sample.cu_seqlens, sample.cu_seqlens[1:], strict=False)]
+    words = ["causal" if attention.prefix is None else f"prefix {attention.prefix}"]
+    words += ["documents"] if attention.documents else []
+    for key in ("window", "head_windows", "sinks", "chunk"):
+        words += [f"{key} {getattr(attention, key)}"] if getattr(attention, key) else []
+    table.say(f"longctx verify: {small.layout.describe()} x {small.schedule.name} x ({', '.join(words)})")
+    table.say(f"  ranks   {ranks}")
+    table.say(
+        f"  tokens  {small.total // small.cp} per rank, {small.total} in all; documents of "
+        f"{', '.join(map(str, sorted(lengths)))}"
+    )
+    table.say(
+        f"  model   {model.num_layers} layer(s), dim {model.dim}, {model.num_heads} heads of {model.head_size}, "
+        f"{model.num_kv_heads} KV heads (configured: {source.num_layers}, {source.dim}, heads of {source.head_size})"
+    )
+    for text in small.scaled:
+        table.say(f"  scaled  {text}")
+    table.header()
+
+
+def _conclude(table: Table, begin: float) -> int:
+    seconds = time.monotonic() - begin
+    told = f"{table.failed} FAILED, " if table.failed else "all "
+    table.say(f"{told}{table.passed} checks passed, {seconds:.1f} s")
+    return 1 if table.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
