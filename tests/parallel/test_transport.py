@@ -7,14 +7,24 @@ import torch
 
 from longctx.parallel.loopback import run_ranks
 from longctx.parallel.ranks import Ranks
-from longctx.parallel.transport import ProcessGroupTransport, Transport
+from longctx.parallel.transport import Among, ProcessGroupTransport, Transport
+
+
+def shift(transport: Transport, *tensors: torch.Tensor, lane: int = 0):
+    """Post a hop to the next rank; return the exchange and what arrives from the one before."""
+    after, before = (transport.rank + 1) % transport.size, (transport.rank - 1) % transport.size
+    arriving = [torch.full_like(x, float("nan"), memory_format=torch.contiguous_format) for x in tensors]
+    return transport.exchange({after: tensors}, {before: arriving}, lane=lane), arriving
 
 
 def exchange(transport: Transport) -> list:
     mine = torch.full((3, 2), float(transport.rank), dtype=torch.bfloat16)
     twice = torch.arange(6.0).view(2, 3).t() + transport.rank  # not contiguous
-    first, second = transport.shift((mine, twice)), transport.shift((mine + 10,))
-    return [*first.wait(), *second.wait(), transport.traffic.hops, transport.traffic.bytes]
+    first, one = shift(transport, mine, twice)
+    second, two = shift(transport, mine + 10)
+    second.wait()  # the order of waiting is free
+    first.wait()
+    return [*one, *two, transport.traffic.hops, transport.traffic.bytes]
 
 
 def check(results: list[list]) -> None:
@@ -41,12 +51,57 @@ def test_process_group(gloo_pool, size):
     check(gloo_pool.run(on_gloo, size))
 
 
+def uneven(transport: Transport) -> list:
+    """Rank 0 gives each other rank as many numbers as its rank; lanes may be waited for in any order."""
+    if transport.rank == 0:
+        posted = [
+            transport.exchange({peer: [torch.full((peer,), float(lane))] for peer in range(1, transport.size)}, {}, lane=lane)
+            for lane in (0, 1)
+        ]
+        for each in posted:
+            each.wait()
+        return [transport.traffic.hops, transport.traffic.bytes_to]
+    buffers = [torch.empty(transport.rank) for _ in range(2)]
+    posted = [transport.exchange({}, {0: [buffer]}, lane=lane) for lane, buffer in enumerate(buffers)]
+    for each in reversed(posted):
+        each.wait()
+    return [*buffers, transport.traffic.hops, transport.traffic.bytes]
+
+
+def check_uneven(results: list[list]) -> None:
+    size = len(results)
+    assert results[0] == [2, {peer: 2 * 4 * peer for peer in range(1, size)}]
+    for rank, (near, far, hops, sent) in enumerate(results[1:], start=1):
+        assert torch.equal(near, torch.zeros(rank)) and torch.equal(far, torch.ones(rank))
+        assert hops == 2 and sent == 0
+
+
+def uneven_on_gloo(rank: int, world_size: int, group):
+    return uneven(ProcessGroupTransport(group))
+
+
+def test_ranks_may_send_without_receiving_and_receive_without_sending(gloo_pool):
+    check_uneven(run_ranks(4, uneven))
+    check_uneven(gloo_pool.run(uneven_on_gloo, 4))
+
+
+def test_a_part_of_a_group_is_a_group():
+    def among(transport):
+        odd = Among(transport, [3, 1]) if transport.rank % 2 else Among(transport, [0, 2])
+        posted, (arrived,) = shift(odd, torch.tensor([float(transport.rank)]))
+        posted.wait()
+        return odd.rank, odd.size, arrived.item(), transport.traffic.bytes_to
+
+    assert run_ranks(4, among) == [(0, 2, 2.0, {2: 4}), (1, 2, 3.0, {3: 4}), (1, 2, 0.0, {0: 4}), (0, 2, 1.0, {1: 4})]
+
+
 def test_loopback_copies_what_it_sends():
     def overwrite(transport):
         x = torch.ones(2)
-        arriving = transport.shift((x,))
+        posted, (arrived,) = shift(transport, x)
         x.zero_()
-        return arriving.wait()[0]
+        posted.wait()
+        return arrived
 
     assert all(torch.equal(x, torch.ones(2)) for x in run_ranks(2, overwrite))
 
@@ -55,8 +110,8 @@ def test_a_failing_simulated_rank_is_reported_and_the_others_stop():
     def fail(transport):
         if transport.rank == 1:
             raise KeyError("rank 1 broke")
-        transport.shift((torch.ones(1),)).wait()
-        transport.shift((torch.ones(1),)).wait()
+        shift(transport, torch.ones(1))[0].wait()
+        shift(transport, torch.ones(1))[0].wait()
 
     with pytest.raises(KeyError, match="rank 1 broke"):
         run_ranks(3, fail)
@@ -64,16 +119,16 @@ def test_a_failing_simulated_rank_is_reported_and_the_others_stop():
 
 def test_a_message_that_nobody_receives_is_an_error():
     with pytest.raises(AssertionError, match="never received"):
-        run_ranks(2, lambda transport: transport.shift((torch.ones(1),)) and None)
+        run_ranks(2, lambda transport: transport.exchange({1 - transport.rank: [torch.ones(1)]}, {}) and None)
 
 
 def transfer_while_asleep(rank: int, world_size: int, group):
     """Return seconds to post and to wait for a transfer during which this rank sleeps."""
     transport = ProcessGroupTransport(group)
     x = torch.ones(4 << 20)
-    transport.shift((x,)).wait()
+    shift(transport, x)[0].wait()
     started = time.perf_counter()
-    arriving = transport.shift((x,))
+    arriving, _ = shift(transport, x)
     posted = time.perf_counter() - started
     time.sleep(0.5)
     started = time.perf_counter()

@@ -1,0 +1,85 @@
+"""Circuits: every shard passes everyone who wants it, sums come home complete, nothing else is sent."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longctx.parallel import circuit
+from longctx.parallel.circulate import circulate
+from longctx.parallel.loopback import run_ranks
+
+TOKENS = 5
+SIZES = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (6, 2), (6, 3), (6, 6)]
+
+
+@pytest.mark.parametrize(("size", "inner"), SIZES)
+def test_every_rank_holds_every_shard_once_its_own_first(size, inner):
+    orders = [circuit.order(rank, size, inner) for rank in range(size)]
+    for rank, order in enumerate(orders):
+        assert order[0] == rank and sorted(order) == list(range(size))
+    for time in range(size):
+        assert sorted(order[time] for order in orders) == list(range(size))
+
+
+@st.composite
+def tables(draw):
+    """Return (size, inner, wanted): any spans, own shards included, some wanted by nobody."""
+    size, inner = draw(st.sampled_from(SIZES))
+    edge = st.integers(0, TOKENS)
+    span = st.one_of(st.none(), st.tuples(edge, edge).filter(lambda s: s[0] < s[1]))
+    return size, inner, tuple(tuple(draw(span) for _ in range(size)) for _ in range(size))
+
+
+@settings(deadline=None, max_examples=150)
+@given(tables())
+def test_shards_reach_who_wants_them_and_sums_come_home(case):
+    size, inner, wanted = case
+
+    def rank(transport):
+        shard = torch.arange(TOKENS * 1.0)[None, :, None] + 100 * transport.rank
+        visits = []
+
+        def visit(source, tensors):
+            visits.append((source, tensors[0].clone()))
+            return (tensors[0] * (1 + transport.rank),)
+
+        (sums,) = circulate(transport, wanted, (shard,), inner=inner, visit=visit, like=(shard[:, :0],))
+        return visits, sums, transport.traffic
+
+    results = run_ranks(size, rank)
+    for here, (visits, _, traffic) in enumerate(results):
+        seen = [source for source in circuit.order(here, size, inner) if wanted[here][source] is not None]
+        assert [source for source, _ in visits] == seen
+        for source, part in visits:
+            begin, end = wanted[here][source]
+            assert part.flatten().tolist() == [100.0 * source + token for token in range(begin, end)]
+        hops, bytes_to = circuit.sent(here, wanted, inner, payload=4, sums=4)
+        assert (traffic.hops, traffic.bytes_to) == (hops, bytes_to)
+    for owner, (_, sums, _) in enumerate(results):
+        expected = torch.zeros(TOKENS)
+        for other in range(size):
+            if wanted[other][owner] is not None:
+                begin, end = wanted[other][owner]
+                expected[begin:end] += (torch.arange(begin, end) + 100.0 * owner) * (1 + other)
+        assert torch.equal(sums.flatten(), expected)
+
+
+def test_nothing_wanted_of_others_is_nothing_sent():
+    wanted = tuple(tuple((0, 3) if a == b else None for b in range(4)) for a in range(4))
+    for rank in range(4):
+        assert circuit.sent(rank, wanted, 2, payload=1, sums=1) == (0, {})
+
+
+def test_a_shard_is_carried_no_further_than_its_last_user_and_only_what_is_still_wanted():
+    """Rank 0's shard is wanted by 1 (all of it) and 2 (its last two tokens): 0 -> 1 -> 2, then its sums 1 -> 2 -> 0."""
+    wanted = (
+        ((0, 5), None, None, None),
+        ((0, 5), (0, 5), None, None),
+        ((3, 5), None, (0, 5), None),
+        (None, None, None, (0, 5)),
+    )
+    assert circuit.sent(0, wanted, 4, payload=10, sums=1) == (2, {1: 50})  # and the sums that arrive
+    assert circuit.sent(1, wanted, 4, payload=10, sums=1)[1] == {2: 20 + 5}
+    assert circuit.sent(2, wanted, 4, payload=10, sums=1)[1] == {0: 5}
+    assert circuit.sent(3, wanted, 4, payload=10, sums=1) == (0, {})
