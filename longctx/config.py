@@ -77,9 +77,9 @@ class Config:
 
     def validate(self) -> None:
         """Check every part and what concerns two of them, before anything is built."""
-        for part in (self.attention, self.model, self.data, self.engine, self.optim, self.checkpoint, self.logger):
+        parts = (self.attention, self.model, self.data, self.parallel, self.engine, self.optim, self.checkpoint)
+        for part in (*parts, self.logger, self.train):
             part.validate()
-        self.train.validate()
         self.attention.check_heads(self.model.num_heads)
         check_schedule(self.optim, total_steps=self.train.steps)
         if not self.run_dir.strip():

@@ -24,16 +24,21 @@ from longctx.engines.build import build_engine
 from longctx.engines.engine import DTYPES, Engine
 from longctx.kernels.contract import LocalKernel, Request
 from longctx.kernels.softmax.op import resolve_kernel
+from longctx.metrics.flops import gpu_peak
 from longctx.model import ModelConfig
 from longctx.parallel.layout import Layout
+from longctx.parallel.links import Speeds, resolve_speeds
 from longctx.parallel.mesh import Degrees, build_far_group, build_mesh, resolve_degrees
 from longctx.parallel.ranks import Ranks
+from longctx.parallel.schedule import Shape
 from longctx.parallel.transport import ProcessGroupTransport
+from longctx.planner import SAMPLES, Choice, choose
 
 
 @dataclass(kw_only=True)
 class Run:
-    """All that the loop works with. `say` prints on rank 0, later through the progress bar."""
+    """All that the loop works with: `config` has a name wherever the user's has `auto` for layout or schedule, `say`
+    prints on rank 0, later through the progress bar."""
 
     config: Config
     degrees: Degrees
@@ -84,6 +89,37 @@ def heads(config: Config) -> dict[str, int]:
     return {"heads": config.model.num_heads, "kv_heads": config.model.num_kv_heads}
 
 
+def layer_shape(config: Config) -> Shape:
+    """Return the shape of one layer of attention."""
+    size = config.model.head_size
+    return Shape(**heads(config), head_dim=size, v_head_dim=size, dtype=DTYPES[config.engine.dtype])
+
+
+def speeds(config: Config, *, device: torch.device) -> Speeds:
+    """Return what predictions are made of, from config, the name of the GPU, and what is usual."""
+    peak = None
+    if device.type == "cuda":
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        peak = gpu_peak(torch.cuda.get_device_name(device), dtype=DTYPES[config.engine.dtype], tf32=tf32)
+    return resolve_speeds(config.parallel, device_type=device.type, peak_flops=peak.value if peak else None)
+
+
+def choose_attention(
+    config: Config, stream: PackedStream, *, degrees: Degrees, per_machine: int, device: torch.device
+) -> Choice:
+    """Predict what is fastest for the run's first sequences, where config leaves layout or schedule open."""
+    count = min(SAMPLES, stream.samples_per_epoch)
+    return choose(
+        config.attention,
+        [config.attention.mask(stream.sample(index).cu_seqlens) for index in range(count)],
+        total=config.data.seq_len,
+        cp=degrees.cp,
+        shape=layer_shape(config),
+        speeds=speeds(config, device=device),
+        per_machine=per_machine,
+    )
+
+
 def setup(
     config: Config,
     *,
@@ -116,6 +152,12 @@ def setup(
     training = ranks.all_succeed(lambda: stream("train"))
     evaluates = config.train.eval_samples > 0 and config.data.held_out > 0
     held_out = ranks.all_succeed(lambda: stream("held_out")) if evaluates else None
+    if "auto" in (config.attention.layout, config.attention.schedule):
+        choice = ranks.from_first(
+            lambda: choose_attention(config, training, degrees=degrees, per_machine=per_machine, device=device)
+        )
+        say(choice.explain())
+        config = dataclasses.replace(config, attention=choice.config)
     # This mesh is for data and attention; parameters lie on one of their own over the same ranks (the engine's).
     mesh = build_mesh(degrees, device_type=device.type)
     attention = ContextParallelAttention(

@@ -28,7 +28,17 @@ from longctx.parallel.balance import describe
 from longctx.parallel.mesh import Degrees, init_distributed, read_launch
 from longctx.parallel.ranks import Ranks
 from longctx.run_lock import lock_run_directory
-from longctx.setup import Run, check_kernel, check_world, data_order, model_shape, resume, set_aside, setup
+from longctx.setup import (
+    Run,
+    check_kernel,
+    check_world,
+    data_order,
+    layer_shape,
+    model_shape,
+    resume,
+    set_aside,
+    setup,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +90,7 @@ def train(
         ranks.check_equal(config.digest(), what="the configuration")
         kernel = check_kernel(config, device_type=device.type)
         run = setup(config, degrees=degrees, per_machine=per_machine, device=device, ranks=ranks, say=say)
+        config = run.config
         # The lock is left last: the checkpoint under way when the loop ends belongs to this run.
         lock = ranks.all_succeed(lambda: lock_run_directory(run_dir, report=say) if ranks.first else None)
         if lock is not None:
@@ -209,7 +220,8 @@ def announce(run: Run, *, peak: Peak, kernel: str, step: int) -> None:
         f"step: {run.tokens_per_step:,} tokens = {train.global_batch} x {seq_len:,} ({accumulation} micro-batch(es) of "
         f"{train.micro_batch} per data-parallel rank); an epoch has {run.training.samples_per_epoch:,} sequences"
     )
-    run.say(f"plan: {describe(attention.layout, [mask], attention.schedule, total=seq_len)}; kernel {kernel}")
+    told = describe(attention.layout, [mask], attention.schedule, total=seq_len, shape=layer_shape(config))
+    run.say(f"plan: {told}; kernel {kernel}")
     if kernel == "reference" and config.attention.kernel == "auto":
         run.say("note: no fast kernel serves this device, dtype and head size: the reference kernel is slow")
     if run.held_out is None:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from longctx.kernels.mask import HeadMasks, plain_masks
 from longctx.kernels.positions import cut, total_pairs
 from longctx.kernels.tiles import tiles_between
+from longctx.parallel.cost import traffic
 from longctx.parallel.layout import Layout
 from longctx.parallel.plan import AnyMask, Plan, plan
-from longctx.parallel.schedule import Schedule
+from longctx.parallel.schedule import Schedule, Shape
 
 BALANCE_LIMIT = 200_000  # hops x documents of all ranks that `describe` goes through
+MANY_RANKS = 32  # above, what is sent is told of rank 0 alone: counting it for all costs about cp^3 microseconds
 
 
 @dataclass(frozen=True)
@@ -66,26 +68,54 @@ def balance_of(plans: Sequence[Plan]) -> Balance:
     return Balance(pairs if plans[0].schedule.lockstep else tuple((sum(hops),) for hops in pairs))
 
 
-def describe(layout: Layout, masks: Sequence[AnyMask], schedule: Schedule, *, total: int) -> str:
-    """Return the plan of a batch in one line.
+def describe(
+    layout: Layout, masks: Sequence[AnyMask], schedule: Schedule, *, total: int, shape: Shape | None = None
+) -> str:
+    """Return the plan of a batch in a line or two.
 
     Counting all ranks' work costs about 10 microseconds x cp^2 x documents; where that is more than a few seconds,
     rank 0's work alone is told.
+
+    Args:
+        shape: the heads of a layer, to tell what is sent too (by the rank that sends most).
     """
     documents = max(len(each.document_bounds(total)) - 1 for mask in masks for each in plain_masks(mask))
-    first = plan(layout, tuple(masks), schedule, rank=0, total=total)
-    busy = sum(hop.needed is not None for hop in first.hops)
+    countable = layout.cp**2 * documents <= BALANCE_LIMIT
+    plans = plans_of_all_ranks(layout, masks, schedule, total=total) if countable else ()
+    first = plans[0] if plans else plan(layout, tuple(masks), schedule, rank=0, total=total)
     what = (
         f"{layout.describe()} x {schedule.name}, cp={layout.cp}, {total:,} tokens, {documents} document(s), "
-        f"{first.num_tiles:,} tile(s) per layer and {busy} of {len(first.hops)} shard(s) needed on rank 0: "
+        f"{first.num_tiles:,} tile(s) per layer on rank 0: "
     )
-    if layout.cp**2 * documents > BALANCE_LIMIT:
-        return f"{what}{sum(hop.pairs for hop in first.hops):,} visible pairs on rank 0, other ranks not counted"
-    work = balance(layout, masks, schedule, total=total)
+    told = [f"{sum(hop.pairs for hop in first.hops):,} visible pairs on rank 0, other ranks not counted"]
+    if plans:
+        work = balance_of(plans)
+        told = [
+            f"{work.total:,} visible pairs, balance {work.efficiency:.1%} of ideal, busiest rank "
+            f"{work.imbalance:.2f}x the mean, {work.idle_hops:.0%} of hops idle"
+        ]
+    if shape is not None and layout.cp > 1:
+        few = plans and layout.cp <= MANY_RANKS
+        told.append(_sends(plans if few else (first,), shape, batch=len(masks)))
+    return what + "\n  ".join(told)
+
+
+def _sends(plans: Sequence[Plan], shape: Shape, *, batch: int) -> str:
+    """Say how many of the hops are made, and what a layer sends."""
+    needed = [[b != a and span is not None for b, span in enumerate(row)] for a, row in enumerate(plans[0].needs.keys)]
+    made, possible = sum(map(sum, needed)), len(needed) * (len(needed) - 1)
+    passes = zip(*(traffic(one, shape, batch=batch) for one in plans), strict=True)
+    forward, backward = (max(sent, key=lambda each: each.bytes) for sent in passes)
+    who = "a rank sends at most" if len(plans) > 1 or len(needed) == 1 else "rank 0 sends"
+    hops = f"{made} of {possible} hops needed; " if possible else ""
     return (
-        f"{what}{work.total:,} visible pairs, balance {work.efficiency:.1%} of ideal, "
-        f"busiest rank {work.imbalance:.2f}x the mean, {work.idle_hops:.0%} of hops idle"
+        f"{hops}per layer {who} {_size(forward.bytes)} in {forward.hops} exchange(s) forward, "
+        f"{_size(backward.bytes)} in {backward.hops} backward"
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
 def visible_pairs(mask: AnyMask, *, total: int) -> int:

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from longctx.parallel.links import check_speeds
+
 AXES = ("dp_replicate", "dp_shard", "cp")
 
 
@@ -19,11 +21,25 @@ class ParallelConfig:
         dp_shard: data-parallel ranks that also share the parameters (needs engine.parameters=shard).
         cp: context-parallel ranks: how many ranks share one sequence; null = all that is left if the attention schedule
             is distributed, 1 if it is local.
+        local_gb_per_s, network_gb_per_s: GB/s that a rank sends inside its machine and to others; these and the next
+            three are for predictions only, null = usual for the device (`links.py`).
+        latency_us: microseconds that an exchange takes without any bytes.
+        attention_tflops: TFLOP/s of one rank's attention on large tiles.
+        call_us: microseconds that a tile costs on top of its arithmetic.
     """
 
     dp_replicate: int | None = None
     dp_shard: int = 1
     cp: int | None = None
+    local_gb_per_s: float | None = None
+    network_gb_per_s: float | None = None
+    latency_us: float | None = None
+    attention_tflops: float | None = None
+    call_us: float | None = None
+
+    def validate(self) -> None:
+        """Refuse impossible speeds; sizes are checked when the world is known (`resolve_degrees`)."""
+        check_speeds(self)
 
 
 @dataclass(frozen=True)
