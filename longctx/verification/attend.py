@@ -52,7 +52,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whole tensors by name (`NAMES`), and each rank's counts: `[forward, backward]`."""
+    """Whole tensors by name (`NAMES`, those asked for), and each rank's counts: `[forward, backward]`."""
 
     tensors: dict[str, Tensor]
     sent: list[list[Counted]]
@@ -72,9 +72,20 @@ def make_problem(small: Small, *, batch: int, head_dim: int, seed: int) -> Probl
 
 
 def attend(
-    small: Small, bench: Bench, problem: Problem, masks: Sequence[Mask | HeadMasks], *, backward: bool = True
+    small: Small,
+    bench: Bench,
+    problem: Problem,
+    masks: Sequence[Mask | HeadMasks],
+    *,
+    wants_lse: bool = False,
+    backward: bool = True,
 ) -> Outcome:
-    """Return what the ranks compute together (collective on real ranks)."""
+    """Return what the ranks compute together (collective on real ranks).
+
+    Args:
+        wants_lse: ask for lse too. Training does not, and Ulysses sends it along: nothing is compared with the plan.
+        backward: compute gradients.
+    """
     layout, model = small.layout, small.model
 
     def work(transport: Transport) -> tuple[list[Tensor], list[Counted]]:
@@ -88,12 +99,14 @@ def attend(
             dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
             sink = problem.sink.to(bench.device, dtype, copy=True).requires_grad_(backward)
             leaves.append(sink)
-        shape = small.shape(q.dtype, q.shape[-1])
-        planned = traffic(plan, shape, batch=q.shape[0])
+        planned = [] if wants_lse else traffic(plan, small.shape(q.dtype, q.shape[-1]), batch=q.shape[0])
         marks = [_copy(transport.traffic)]
-        out, lse = attention.with_lse(q, k, v, plan=plan, softcap=model.softcap, sink_logits=sink)
+        if wants_lse:
+            forward = list(attention.with_lse(q, k, v, plan=plan, softcap=model.softcap, sink_logits=sink))
+        else:
+            forward = [attention(q, k, v, plan=plan, softcap=model.softcap, sink_logits=sink)]
         marks.append(_copy(transport.traffic))
-        grads: Sequence[Tensor] = torch.autograd.grad(out, leaves, dout) if backward else ()
+        grads: Sequence[Tensor] = torch.autograd.grad(forward[0], leaves, dout) if backward else ()
         marks.append(_copy(transport.traffic))
         sent = []
         for before, after, want in zip(marks, marks[1:], planned, strict=False):
@@ -101,12 +114,12 @@ def attend(
             bytes_to = {peer: count for peer, count in bytes_to.items() if count}
             due = {peer: count for peer, count in want.bytes_to.items() if count}
             sent.append(Counted(after.hops - before.hops, bytes_to, want.hops, due))
-        return [out, lse, *grads], sent
+        return [*forward, *grads], sent
 
     ranks = bench.run(work)
     tensors: dict[str, Tensor] = {}
-    for index, name in enumerate(NAMES[: len(ranks[0][0])]):
-        shards = [shards[index] for shards, _ in ranks]
+    names = NAMES if wants_lse else (NAMES[0], *NAMES[2:])
+    for name, *shards in zip(names, *(shards for shards, _ in ranks), strict=False):  # without sinks the last is absent
         if name == NAMES[5]:
             tensors[name] = torch.stack(shards).sum(0)  # every rank has its share, as of any parameter's gradient
         else:

@@ -65,7 +65,7 @@ _BACKWARD = ("the gradient of the output at {token} reached the value at {place}
 
 def probed(small: Small, *, head_dim: int) -> Tensor:
     """Return the tokens to probe: all of them, or the ends of documents and others spread evenly."""
-    count = max(_WORK // (small.model.num_heads * small.total**2 * head_dim), 16)
+    count = max(_WORK // (small.model.num_heads * small.total**2 * head_dim), 8)
     if count >= small.total:
         return torch.arange(small.total)
     bounds = small.samples[0].cu_seqlens

@@ -40,7 +40,7 @@ def check_model(small: Small, bench: Bench) -> list[Finding]:
     worst, worst_name = 0.0, "no parameter"
     for index, (name, parameter) in enumerate(model.named_parameters()):
         ours = torch.stack([rank[1][index] for rank in ranks]).sum(0)
-        scale = max(float(grads[index].abs().max()), float(parameter.abs().max()) * 1e-6)
+        scale = max(float(grads[index].abs().max()), float(parameter.detach().abs().max()) * 1e-6)
         error = float((ours - grads[index]).abs().max()) / scale
         if not error <= worst:
             worst, worst_name = error, name

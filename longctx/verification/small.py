@@ -29,7 +29,7 @@ TOKENS_PER_RANK = 67  # odd: zigzag halves and stripes of any width have a remai
 LEAST_TOKENS = 9
 LAYERS, DIM, HIDDEN, HEAD_DIM = 2, 32, 48, 8
 SAMPLES = 2
-_SCORES = 12_000_000  # heads x T x T that a dense score matrix may have
+_SCORES = 3_000_000  # heads x T x T that a dense score matrix may have
 
 
 @dataclass(frozen=True, kw_only=True)
