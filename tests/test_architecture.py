@@ -17,7 +17,7 @@ LINKS = ("configs", "kernels", "parallel")
 # kernels <- parallel <- longctx <- launch: a file may import from its own layer and from those before it.
 LAYERS = ("kernels", "parallel", "longctx", "launch")
 # What sees everything and is seen by none of the layers.
-OUTSIDE = ("tests", "benchmarks")
+OUTSIDE = ("tests", "benchmarks", "examples")
 CONFIG_READERS = ("longctx/config.py", "longctx/train.py", "longctx/cli.py")
 ENVIRONMENT_READERS = ("parallel/mesh.py",)
 MAX_LINES, MAX_LINES_TRITON, MAX_MEDIAN = 400, 600, 200
