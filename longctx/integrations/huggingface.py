@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,37 +19,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from longctx.attention import context_parallel_attention
 from longctx.integrations.huggingface_batch import document_positions, rows_of
+from longctx.integrations.huggingface_checks import NAME, PREFIX, check_arguments, check_model
 from longctx.integrations.huggingface_mask import CAUSAL, FULL, Pattern, causal_window, read_mask_function
 from longctx.kernels.mask import HeadMasks, Mask, documents
 from longctx.parallel.layout import Layout
 from longctx.parallel.schedule import Schedule
 
-NAME = "longctx"
-PREFIX = f"attn_implementation={NAME}"
-
-# Keyword arguments of a model's forward that it hands through to its layers, and that attention has no use for.
-IRRELEVANT = frozenset(
-    {
-        "cache_position",
-        "labels",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "return_dict",
-        "shift_labels",
-    }
-)
-REASONS = {
-    "use_cache": "it keeps no keys and values; pass use_cache=False to the model (shard_batch's inputs do)",
-    "output_attentions": "attention weights are never formed; use attn_implementation=eager to look at them",
-    "cu_seq_lens_q": "documents are cut in global positions; pass cu_seqlens to context_parallel instead",
-    "cu_seq_lens_k": "documents are cut in global positions; pass cu_seqlens to context_parallel instead",
-    "max_length_q": "document lengths come from cu_seqlens; pass that to context_parallel instead",
-    "max_length_k": "document lengths come from cu_seqlens; pass that to context_parallel instead",
-}
-# Layers that mix tokens by attention through this interface. Others (state spaces, convolutions) mix them elsewhere.
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
-ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
+OWN_ATTENTION = f"{PREFIX}: this model computes attention itself, not through transformers' AttentionInterface"
 
 
 @dataclass(kw_only=True)
@@ -101,6 +78,12 @@ class LayerMask:
     context: ContextParallel
     pattern: Pattern
     masks: tuple[Mask | HeadMasks, ...]
+
+    def __getattr__(self, name: str) -> NoReturn:  # for attributes that this class does not have
+        raise AttributeError(f"{OWN_ATTENTION} (it looks for {name!r} in the mask)")
+
+    def __radd__(self, scores: object) -> NoReturn:
+        raise ValueError(f"{OWN_ATTENTION} (it adds the mask to its scores)")
 
 
 _current: ContextVar[ContextParallel | None] = ContextVar("longctx.integrations.huggingface", default=None)
@@ -192,23 +175,6 @@ def make_mask(
     return context.bind(read_mask_function(mask_function))
 
 
-def check_model(config: PreTrainedConfig) -> None:
-    """Refuse models whose results on a shard of a sequence would not be those on the whole."""
-    layers = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    if strange := sorted(set(layers) - ATTENTION_LAYERS):
-        raise ValueError(
-            f"{PREFIX}: {config.model_type} has layers that mix tokens other than by attention ({', '.join(strange)}); "
-            "they would see one rank's tokens only. Use cp=1"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
-    if by_length := sorted(kinds & ROPE_BY_LENGTH):
-        raise ValueError(
-            f"{PREFIX}: rope_type={', '.join(by_length)} chooses its frequencies by the largest position of a rank's "
-            "own tokens, so ranks would disagree. Use cp=1 or another rope_type (default, linear, yarn, llama3)"
-        )
-
-
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -244,10 +210,7 @@ def attention(
     Returns:
         `[B, T, H, Dv]`, and None for the attention weights.
     """
-    for name, given in others.items():
-        if name not in IRRELEVANT and given is not None and given is not False:
-            reason = REASONS.get(name, "it is not known to be without effect on attention")
-            raise ValueError(f"{PREFIX} cannot honour {name}: {reason}")
+    check_arguments(others)
     if dropout > 0:
         raise ValueError(f"{PREFIX} has no attention dropout; given {dropout}: set attention_dropout=0 in the config")
     if not query.shape[2] == key.shape[2] == value.shape[2]:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 
-from longctx.integrations.huggingface import NAME, context_parallel
+from longctx.integrations.huggingface import context_parallel
 from longctx.integrations.huggingface_batch import shard_batch
+from longctx.integrations.huggingface_checks import NAME
 from longctx.loss import IGNORED, token_loss_sum
 from longctx.parallel.layout import Layout
 from longctx.parallel.registry import SCHEDULES

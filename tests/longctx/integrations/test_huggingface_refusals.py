@@ -6,10 +6,11 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from longctx.integrations.huggingface import NAME, attention, check_model, context_parallel, layer_mask
+from longctx.integrations.huggingface import attention, context_parallel, layer_mask
 from longctx.integrations.huggingface_batch import shard_batch
+from longctx.integrations.huggingface_checks import NAME, check_model
 from longctx.parallel.layout import Layout
 from tests.support.huggingface import LAYOUTS, MODELS, ONE, make_batch, make_config, make_model
 
@@ -71,6 +72,25 @@ def test_a_model_needs_a_context_and_a_context_needs_the_model(llama):
         context_parallel(layout=LAYOUTS["zigzag"]),
     ):
         pass
+
+
+def test_models_with_an_attention_of_their_own_are_refused():
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "n_layer": 1,
+        "n_head": 4,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **sizes), attn_implementation=NAME)
+    with pytest.raises(ValueError, match="computes attention itself"), context_parallel(layout=ONE):
+        model(IDS, use_cache=False)
+    with context_parallel(layout=ONE):
+        mask = layer_mask(None, causal=True, sliding_window=None)
+        attention(make_model("llama", NAME).model.layers[0].self_attn, *[torch.zeros(1, 4, 8, 8)] * 3, mask)
+    with pytest.raises(AttributeError, match=r"computes attention itself.*'dtype'"):
+        mask.dtype  # noqa: B018
 
 
 def test_attention_dropout_is_refused_in_training(llama):
