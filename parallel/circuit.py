@@ -1,14 +1,15 @@
 """A circuit: in which order shards go round the ranks, and which messages that takes. Integers only.
 
-All ranks advance in lockstep; at time t each holds the shard of one source. A ring of `size` ranks is split into rings
-of `inner` neighbours (one machine, say), themselves on an outer ring: the double ring of LoongTrain (arXiv 2406.18485)
-and BurstEngine. With `inner == size` that is the plain ring of Ring Attention (arXiv 2310.01889). A shard goes round an
-inner ring while its copy is under way to the next one, so each pair of machines is crossed once per shard.
+All ranks advance in lockstep; at time t each computes with the shard of one source. A ring of `size` ranks is split
+into rings of `inner` neighbours (one machine, say), themselves on an outer ring: the double ring of LoongTrain (arXiv
+2406.18485) and BurstEngine. With `inner == size` that is the plain ring of Ring Attention (arXiv 2310.01889). A shard
+goes round an inner ring while its copy is under way to the next one: it crosses between two machines once.
 
 Sums (dK and dV, or dQ) follow the path of their shard from rank to rank, each adding its own, and go straight home from
-the last rank that adds something. The owner's own share waits there: one hop less than the 2 cp - 1 of Ring Attention.
+the last one before a rank that adds nothing. The owner's own share waits there: one hop less than the 2 cp - 1 of Ring
+Attention.
 
-What no later stop needs is not sent on: neither whole shards nor tokens outside the span that is still needed.
+Ranks that do not need a shard are passed over, and tokens that no later stop needs are not sent on.
 """
 
 from dataclasses import dataclass
@@ -21,66 +22,71 @@ NEAR, FAR = 0, 1  # lanes: inside an inner ring, and between them
 
 @dataclass(frozen=True)
 class Message:
-    """Tokens `span` of `source`'s shard, to or from `peer`."""
+    """Tokens `span` of `source`'s shard or sums, to or from `peer`; a received shard is `due` at that time."""
 
     peer: int
     source: int
     span: Span
+    due: int
+
+
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does while it holds `source`'s shard.
+    """What one rank does at one time.
 
     Attributes:
-        source: whose shard is here.
+        source: whose shard is at hand.
         needed: the tokens of it that this rank computes with; None = nothing.
-        near, far: messages posted before computing: (sent, received); received ones arrive for the next step, or for
-            the first step of the next inner ring.
-        sums_sent: the sums after this rank has added its own: on to the next stop, or home after the last.
-        sums_next: sums that arrive for the next step's shard.
-        sums_home: sums of this rank's own shard that arrive after this step.
+        sent, received: shard messages posted before computing, by lane.
+        released: shards that are needed no more after this step.
+        sums_sent: the sums after this rank has added its own: on to the next rank if that adds to them, or else home.
+        sums_received: sums that are posted after computing: of shards that this rank will add to, and of its own.
     """
 
     source: int
     needed: Span | None
-    near: tuple[Message | None, Message | None]
-    far: tuple[Message | None, Message | None]
+    sent: tuple[Messages, Messages]
+    received: tuple[Messages, Messages]
+    released: tuple[int, ...]
     sums_sent: Message | None
-    sums_next: Message | None
-    sums_home: Message | None
+    sums_received: Messages
 
 
 @dataclass(frozen=True)
 class _Circuit:
-    """The path of every shard, and what is carried along it."""
+    """The path of every shard: which rank holds which one at a time."""
 
     size: int
     inner: int
 
     def stop(self, source: int, time: int) -> int:
-        """Return which rank holds source's shard at a time."""
+        """Return which rank source's shard is for at a time."""
         outer, own = divmod(source, self.inner)
         a, b = divmod(time, self.inner)
         return (outer + a) % (self.size // self.inner) * self.inner + (own + b) % self.inner
 
     def source(self, rank: int, time: int) -> int:
-        """Return whose shard a rank holds at a time: the inverse of `stop`."""
+        """Return whose shard is for a rank at a time: the inverse of `stop`."""
         outer, own = divmod(rank, self.inner)
         a, b = divmod(time, self.inner)
         return (outer - a) % (self.size // self.inner) * self.inner + (own - b) % self.inner
 
-    def near_child(self, time: int) -> int | None:
-        """Return the time of the stop that this one hands the shard to inside the inner ring."""
-        return time + 1 if (time + 1) % self.inner else None
 
-    def far_child(self, time: int) -> int | None:
-        """Return the time of the stop that this one hands the shard to in the next inner ring."""
-        return time + self.inner if time % self.inner == 0 and time + self.inner < self.size else None
+@dataclass(frozen=True)
+class _Hand:
+    """A shard is handed from its stop at time `giver` to that at time `taker`, posted at time `posted`."""
+
+    giver: int
+    taker: int
+    posted: int
+    lane: int
 
 
 def order(rank: int, size: int, inner: int) -> tuple[int, ...]:
-    """Return whose shard a rank holds at each time; its own comes first."""
+    """Return whose shard is for a rank at each time; its own comes first."""
     return tuple(_Circuit(size, inner).source(rank, time) for time in range(size))
 
 
@@ -94,39 +100,92 @@ def steps(rank: int, wanted: Table, inner: int) -> tuple[Step, ...]:
     """
     size = len(wanted)
     circuit = _Circuit(size, inner)
-    paths = [_path(circuit, source, wanted) for source in range(size)]
+    sent: list[tuple[list[Message], list[Message]]] = [([], []) for _ in range(size)]
+    received: list[tuple[list[Message], list[Message]]] = [([], []) for _ in range(size)]
+    released: list[list[int]] = [[] for _ in range(size)]
+    sums_sent: list[Message | None] = [None] * size
+    sums_received: list[list[Message]] = [[] for _ in range(size)]
+    for source in range(size):
+        stops = [circuit.stop(source, time) for time in range(size)]
+        wants = [wanted[stop][source] for stop in stops]
+        hands = _hands(wants, inner)
+        carried = _carried(wants, hands)
+        mine = stops.index(rank)
+        last_use = mine
+        for hand in hands:
+            span = carried[hand.taker]
+            assert span is not None, hand
+            if hand.giver == mine:
+                sent[hand.posted][hand.lane].append(Message(stops[hand.taker], source, span, hand.taker))
+                last_use = max(last_use, hand.posted)
+            if hand.taker == mine:
+                received[hand.posted][hand.lane].append(Message(stops[hand.giver], source, span, hand.taker))
+        released[last_use].append(source)
+        total: Span | None = None
+        for time in range(1, size):
+            if wants[time] is None:
+                total = None
+                continue
+            total = joined_span(total, wants[time])
+            assert total is not None
+            following = time + 1 if time + 1 < size and wants[time + 1] is not None else 0
+            if time == mine:
+                sums_sent[time] = Message(stops[following], source, total, following)
+            if following == mine:
+                sums_received[time].append(Message(stops[time], source, total, following))
 
-    def handed_on(source: int, child: int | None, *, peer_time: int | None) -> Message | None:
-        if child is None or peer_time is None:
-            return None
-        span = paths[source].carried[child]
-        return None if span is None else Message(circuit.stop(source, peer_time), source, span)
+    def by_due(lanes: tuple[list[Message], list[Message]]) -> tuple[Messages, Messages]:
+        near, far = (tuple(sorted(lane, key=lambda message: (message.due, message.source))) for lane in lanes)
+        return near, far
 
-    def hop(time: int, child: int | None) -> tuple[Message | None, Message | None]:
-        coming = rank if child is None else circuit.source(rank, child)
-        source = circuit.source(rank, time)
-        return handed_on(source, child, peer_time=child), handed_on(coming, child, peer_time=time)
-
-    def sums_after(source: int, time: int, *, peer_time: int | None) -> Message | None:
-        """Return source's sums as they leave the stop at `time`; `peer_time` None means that they go home."""
-        span = paths[source].summed[time]
-        peer = source if peer_time is None else circuit.stop(source, peer_time)
-        return None if span is None else Message(peer, source, span)
-
-    def step(time: int) -> Step:
-        source = circuit.source(rank, time)
-        coming = circuit.source(rank, time + 1) if time + 1 < size else rank
-        return Step(
-            source=source,
-            needed=wanted[rank][source],
-            near=hop(time, circuit.near_child(time)),
-            far=hop(time, circuit.far_child(time)),
-            sums_sent=sums_after(source, time, peer_time=time + 1 if time < paths[source].last else None),
-            sums_next=sums_after(coming, time, peer_time=time) if time < paths[coming].last else None,
-            sums_home=sums_after(rank, time, peer_time=time) if time == paths[rank].last else None,
+    return tuple(
+        Step(
+            source=circuit.source(rank, time),
+            needed=wanted[rank][circuit.source(rank, time)],
+            sent=by_due(sent[time]),
+            received=by_due(received[time]),
+            released=tuple(released[time]),
+            sums_sent=sums_sent[time],
+            sums_received=tuple(sums_received[time]),
         )
+        for time in range(size)
+    )
 
-    return tuple(step(time) for time in range(size))
+
+def _hands(wants: list[Span | None], inner: int) -> list[_Hand]:
+    """Return by whom, and when, each stop of a shard's path that wants it gets it: nobody else carries it.
+
+    By the stop before; after a gap by the first of the same inner ring, the owner on the first ring; and the first of
+    a ring by that of the ring before.
+    """
+    hands, entry = [], 0
+    for first in range(0, len(wants), inner):
+        entered = first == 0
+        for time in range(max(first, 1), first + inner):
+            if wants[time] is None:
+                continue
+            if entered:
+                before = time - 1 if time - 1 >= entry and (wants[time - 1] is not None or time == 1) else entry
+                hands.append(_Hand(before, time, time - 1, NEAR))
+            else:
+                # As early as the giver has it, but no more than one inner ring ahead: it takes memory there.
+                hands.append(_Hand(entry, time, max(entry, time - inner), FAR))
+                entry, entered = time, True
+    return hands
+
+
+def _carried(wants: list[Span | None], hands: list[_Hand]) -> list[Span | None]:
+    """Return the tokens that each stop, or one that has them from it, wants."""
+    carried = list(wants)
+    for hand in sorted(hands, key=lambda hand: hand.taker, reverse=True):
+        if hand.giver:
+            carried[hand.giver] = joined_span(carried[hand.giver], carried[hand.taker])
+    return carried
+
+
+def mirrored(wanted: Table) -> Table:
+    """Return the table for ranks counted from the other end: shards then go round the other way."""
+    return tuple(tuple(reversed(row)) for row in reversed(wanted))
 
 
 def sent(rank: int, wanted: Table, inner: int, *, payload: int, sums: int) -> tuple[int, dict[int, int]]:
@@ -139,45 +198,17 @@ def sent(rank: int, wanted: Table, inner: int, *, payload: int, sums: int) -> tu
     hops = 0
     bytes_to: dict[int, int] = {}
 
-    def count(message: Message | None, size: int) -> None:
-        if message is not None:
-            tokens = message.span[1] - message.span[0]
-            bytes_to[message.peer] = bytes_to.get(message.peer, 0) + tokens * size
+    def count(message: Message, size: int) -> None:
+        tokens = message.span[1] - message.span[0]
+        bytes_to[message.peer] = bytes_to.get(message.peer, 0) + tokens * size
 
     for step in steps(rank, wanted, inner):
-        for exchange in (step.near, step.far):
-            hops += any(exchange)
-            count(exchange[0], payload)
+        for lane in (NEAR, FAR):
+            hops += bool(step.sent[lane] or step.received[lane])
+            for message in step.sent[lane]:
+                count(message, payload)
         if sums:
-            hops += any((step.sums_sent, step.sums_next, step.sums_home))
-            count(step.sums_sent, sums)
+            hops += bool(step.sums_sent or step.sums_received)
+            if step.sums_sent is not None:
+                count(step.sums_sent, sums)
     return hops, bytes_to
-
-
-@dataclass(frozen=True)
-class _Path:
-    """What is carried along one shard's path, by time.
-
-    Attributes:
-        carried: the tokens that this stop or a later one wants.
-        summed: the tokens of the sums when they leave a stop; None before the first stop that adds and after the last.
-        last: the last stop that adds to the sums; 0 if none does.
-    """
-
-    carried: tuple[Span | None, ...]
-    summed: tuple[Span | None, ...]
-    last: int
-
-
-def _path(circuit: _Circuit, source: int, wanted: Table) -> _Path:
-    wants = [wanted[circuit.stop(source, time)][source] for time in range(circuit.size)]
-    carried = list(wants)
-    for time in reversed(range(circuit.size)):
-        for child in (circuit.near_child(time), circuit.far_child(time)):
-            if child is not None:
-                carried[time] = joined_span(carried[time], carried[child])
-    last = max((time for time in range(1, circuit.size) if wants[time] is not None), default=0)
-    summed: list[Span | None] = [None] * circuit.size
-    for time in range(1, last + 1):
-        summed[time] = joined_span(summed[time - 1], wants[time])
-    return _Path(tuple(carried), tuple(summed), last)

@@ -56,60 +56,58 @@ def circulate(
     """
     device, whole = shard[0].device, (0, shard[0].shape[1])
     here: dict[int, _Part] = {transport.rank: _Part(whole, shard)}  # by source
-    arriving: dict[int, list[tuple[int, _Part]]] = {}  # by the time they are due
-    sums_arriving: list[_Part] = []
+    sums: dict[int, _Part] = {}  # of shards that are still to come, by source
     own: list[_Part] = []
     posted: list[tuple[int, Exchange]] = []  # with the time by which they are done
 
-    def post(sent: Message | None, received: Message | None, *, due: int, lane: int) -> None:
-        if sent is None and received is None:
+    def post(
+        sent: Sequence[tuple[Message, Shard]], received: Sequence[tuple[Message, _Part]], *, lane: int, done: int
+    ) -> None:
+        if not sent and not received:
             return
-        part = None if received is None else _Part(received.span, _empty(shard, received.span, device))
-        exchange = transport.exchange(
-            {} if sent is None else {sent.peer: here[sent.source].cut(sent.span)},
-            {} if received is None or part is None else {received.peer: part.tensors},
-            lane=lane,
-        )
-        posted.append((due, exchange))
-        if received is not None and part is not None:
+        outgoing: dict[int, list[Tensor]] = {}
+        incoming: dict[int, list[Tensor]] = {}
+        for message, tensors in sent:
+            outgoing.setdefault(message.peer, []).extend(tensors)
+        for message, part in received:
+            incoming.setdefault(message.peer, []).extend(part.tensors)
+        exchange = transport.exchange(outgoing, incoming, lane=lane)
+        for _, part in received:
             part.exchange = exchange
-            arriving.setdefault(due, []).append((received.source, part))
+        posted.append((done, exchange))
 
     for time, step in enumerate(steps(transport.rank, wanted, inner)):
         for _, exchange in [entry for entry in posted if entry[0] <= time]:
             exchange.wait()  # frees what was sent
         posted = [entry for entry in posted if entry[0] > time]
-        here.update({source: part.arrived() for source, part in arriving.pop(time, [])})
-        post(*step.near, due=time + 1, lane=NEAR)
-        post(*step.far, due=time + inner, lane=FAR)
+        for lane in (NEAR, FAR):
+            coming = [(m, _Part(m.span, _empty(shard, m.span, device))) for m in step.received[lane]]
+            leaving = [(m, here[m.source].cut(m.span)) for m in step.sent[lane]]
+            post(leaving, coming, lane=lane, done=max((m.due for m, _ in (*leaving, *coming)), default=0))
+            here.update({message.source: part for message, part in coming})
         mine: list[_Part] = []
         if step.needed is not None:
-            added = visit(step.source, here[step.source].cut(step.needed))
+            added = visit(step.source, here[step.source].arrived().cut(step.needed))
             if added is not None:
                 mine.append(_Part(step.needed, added))
-        here.pop(step.source, None)
+        for source in step.released:
+            here.pop(source, None)
+        if not like:
+            continue
         if time == 0:
             own = mine
             continue
-        outgoing: dict[int, Shard] = {}
-        if step.sums_sent is not None and like:
-            outgoing[step.sums_sent.peer] = _sum([*sums_arriving, *mine], step.sums_sent.span, like, device)
-        sums_arriving, sums_home = (
-            [_Part(message.span, _empty(like, message.span, device))] if message is not None and like else []
-            for message in (step.sums_next, step.sums_home)
-        )
-        incoming = {
-            message.peer: part.tensors
-            for message, parts in ((step.sums_next, sums_arriving), (step.sums_home, sums_home))
-            if message is not None
-            for part in parts
-        }
-        if outgoing or incoming:
-            exchange = transport.exchange(outgoing, incoming)
-            posted.append((time + 2, exchange))
-            for part in (*sums_arriving, *sums_home):
-                part.exchange = exchange
-        own += sums_home
+        leaving = []
+        if step.sums_sent is not None:
+            before = [sums.pop(step.source)] if step.source in sums else []
+            leaving.append((step.sums_sent, _sum([*before, *mine], step.sums_sent.span, like, device)))
+        coming = [(m, _Part(m.span, _empty(like, m.span, device))) for m in step.sums_received]
+        post(leaving, coming, lane=NEAR, done=time + 2)
+        for message, part in coming:
+            if message.source == transport.rank:
+                own.append(part)
+            else:
+                sums[message.source] = part
     for _, exchange in posted:
         exchange.wait()
     return _sum(own, whole, like, device)

@@ -19,7 +19,7 @@ from longctx.parallel.circulate import circulate
 from longctx.parallel.needs import Needs
 from longctx.parallel.schedule import Attend, AttendBackward, AttendQueries, Rows, Sent, Shape
 from longctx.parallel.teams import Teams, neighbours, single_ranks, spread
-from longctx.parallel.transport import Transport
+from longctx.parallel.transport import Among, Transport
 
 BackwardName = Literal["auto", "rotate_kv", "rotate_q"]
 InnermostName = Literal["ulysses", "ring"]
@@ -71,7 +71,9 @@ class Ring:
         if self.moves_queries(shape):
             payload = shape.heads * (both * low + 2 * wide)
             sums = shape.heads * shape.head_dim * wide
-            return Sent(*forward), Sent(*circuit.sent(team, needs.turned(), inner, payload=payload, sums=sums))
+            last, wanted = len(needs.keys) - 1, circuit.mirrored(needs.turned())
+            hops, bytes_to = circuit.sent(last - team, wanted, inner, payload=payload, sums=sums)
+            return Sent(*forward), Sent(hops, {last - peer: count for peer, count in bytes_to.items()})
         payload, sums = shape.kv_heads * both * low, shape.kv_heads * both * wide
         return Sent(*forward), Sent(*circuit.sent(team, needs.keys, inner, payload=payload, sums=sums))
 
@@ -100,13 +102,18 @@ class Ring:
     def backward_queries(
         self, ring: Transport, needs: Needs, rows: Rows, *, attend: AttendQueries, wide: torch.dtype
     ) -> Tensor:
-        """Send (q, dout, lse, delta) round, and dq after them."""
+        """Send (q, dout, lse, delta) round, and dq after them.
+
+        The other way round: under a window a shard's keys are seen by the ranks after it, its queries see those before.
+        """
+        last = ring.size - 1
 
         def visit(source: int, shard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (attend(source, Rows(*shard)),)
+            return (attend(last - source, Rows(*shard)),)
 
-        like = (rows.q[:, :0].to(wide),)
-        (dq,) = circulate(ring, needs.turned(), tuple(rows), inner=self.inner(ring.size), visit=visit, like=like)
+        back = Among(ring, range(last, -1, -1))
+        wanted, like = circuit.mirrored(needs.turned()), (rows.q[:, :0].to(wide),)
+        (dq,) = circulate(back, wanted, tuple(rows), inner=self.inner(ring.size), visit=visit, like=like)
         return dq
 
 

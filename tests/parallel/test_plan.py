@@ -72,7 +72,9 @@ def test_every_visible_pair_is_computed_once_by_its_owner(schedule, mask):
     positions = torch.arange(total)
     for name, width in LAYOUTS.values():
         layout, way, chosen = Layout(name, cp, width), make_schedule(schedule, cp), make_mask(mask, total, heads=heads)
-        allowed = torch.stack([each.allowed(positions, positions) for each in plain_masks(chosen)]).expand(heads, -1, -1)
+        allowed = torch.stack([each.allowed(positions, positions) for each in plain_masks(chosen)]).expand(
+            heads, -1, -1
+        )
         forward, backward = (torch.zeros(heads, total, total, dtype=torch.int64) for _ in range(2))
         for rank in range(cp):
             each = plan(layout, (chosen,), way, rank=rank, total=total)

@@ -1,5 +1,7 @@
 """Teams: who shares heads with whom, and in which order a team holds its tokens."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def test_the_order_takes_the_members_shards_to_the_strips(name, width, teams, to
         positions = [torch.arange(s.start, s.last + 1, s.stride) for strip in strips for s in strip]
         assert torch.equal(torch.cat(positions), shards if order is None else shards[order])
         for strip in strips:
-            assert all(a.last < b.start for a, b in zip(strip, strip[1:], strict=False))
+            assert all(a.last < b.start for a, b in pairwise(strip))
 
 
 @pytest.mark.parametrize(("name", "width"), LAYOUTS)

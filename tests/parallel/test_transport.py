@@ -55,7 +55,9 @@ def uneven(transport: Transport) -> list:
     """Rank 0 gives each other rank as many numbers as its rank; lanes may be waited for in any order."""
     if transport.rank == 0:
         posted = [
-            transport.exchange({peer: [torch.full((peer,), float(lane))] for peer in range(1, transport.size)}, {}, lane=lane)
+            transport.exchange(
+                {peer: [torch.full((peer,), float(lane))] for peer in range(1, transport.size)}, {}, lane=lane
+            )
             for lane in (0, 1)
         ]
         for each in posted:
