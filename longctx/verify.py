@@ -1,8 +1,12 @@
 """`longctx verify`: prove on the user's own configuration, at small size, that context parallelism changes nothing."""
 
+import dataclasses
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -20,7 +24,8 @@ from longctx.parallel.mesh import (
 )
 from longctx.parallel.ranks import Ranks
 from longctx.parallel.transport import ProcessGroupTransport
-from longctx.setup import check_kernel, check_world
+from longctx.planner import choose, label
+from longctx.setup import check_kernel, check_world, layer_shape, speeds
 from longctx.verification.bench import Bench, RealRanks, SimulatedRanks
 from longctx.verification.check_attention import check_dtype, check_exact
 from longctx.verification.check_data import check_data
@@ -29,9 +34,11 @@ from longctx.verification.check_leaks import check_leaks
 from longctx.verification.check_model import check_model, check_model_leaks
 from longctx.verification.check_plan import check_plan
 from longctx.verification.check_traffic import check_traffic
-from longctx.verification.report import Finding, Table, everywhere, raised
-from longctx.verification.small import Small, shrink
+from longctx.verification.report import WIDTH, Finding, Table, everywhere, raised
+from longctx.verification.small import Small, shrink, typical_documents
 
+PATIENCE = timedelta(minutes=5)
+NO_MESSAGE = "no message came"
 SIMULATED = (4, 2, 3)  # cp where the config leaves it open: the first that fits
 Group = tuple[str, Callable[[], list[Finding]]]
 
@@ -87,15 +94,20 @@ def _on_simulated_ranks(config: Config, tokens: int | None) -> int:
     degrees, per_machine = _simulated_degrees(config)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     check_kernel(config, device_type=device.type)
-    small = shrink(config, cp=degrees.cp, per_machine=per_machine, tokens_per_rank=tokens)
     table = Table(sys.stdout)
+    config = _without_auto(config, degrees=degrees, per_machine=per_machine, device=device, say=table.say)
+    small = shrink(config, cp=degrees.cp, per_machine=per_machine, tokens_per_rank=tokens)
     given = "parallel.cp" if config.parallel.cp else "parallel.cp is null"
     ranks = f"{degrees.cp} simulated in this process ({given}), {per_machine} to a machine, on {device.type}"
     _announce(table, small, ranks)
     begin = time.monotonic()
     for name, check in check_groups(small, SimulatedRanks(degrees.cp, device)):
-        for finding in _attempt(name, check):
+        findings = _attempt(name, check)
+        for finding in findings:
             table.add(finding)
+        if any(finding.why.startswith(NO_MESSAGE) for finding in findings):
+            table.say("the other checks are not made: each would wait as long for messages that do not come")
+            break
     return _conclude(table, begin)
 
 
@@ -103,27 +115,40 @@ def _on_real_ranks(config: Config, launch: Launch, tokens: int | None) -> int:
     degrees = check_world(config, world_size=launch.world_size, per_machine=launch.local_world_size)
     device = init_distributed(launch)
     try:
-        with Ranks() as ranks:
-            ranks.check_equal(config.digest(), what="the configuration")
-            check_kernel(config, device_type=device.type)
-            small = shrink(config, cp=degrees.cp, per_machine=launch.local_world_size, tokens_per_rank=tokens)
-            mesh = build_mesh(degrees, device_type=device.type)
-            transport = ProcessGroupTransport(
-                mesh.get_group("cp"), far_group=build_far_group(mesh, config.attention.schedule)
-            )
-            gatherers = [dist.new_group(each, backend="gloo") for each in mesh.mesh.reshape(-1, degrees.cp).tolist()]
-            bench = RealRanks(transport, gatherers[ranks.rank // degrees.cp], device)
-            table = Table(sys.stdout if ranks.first else None)
-            _announce(table, small, f"{ranks.size} real ranks, {degrees}, on {device.type}")
-            groups = check_groups(small, bench)
-            groups.append(("engine step", lambda: check_engine(small, transport, degrees=degrees, device=device)))
-            begin = time.monotonic()
-            for name, check in groups:
-                for finding in everywhere(ranks.gather(_attempt(name, check))):
-                    table.add(finding)
-            return _conclude(table, begin)
+        return verify_ranks(
+            config, degrees=degrees, per_machine=launch.local_world_size, device=device, tokens=tokens, out=sys.stdout
+        )
     finally:
         dist.destroy_process_group()
+
+
+def verify_ranks(
+    config: Config, *, degrees: Degrees, per_machine: int, device: torch.device, tokens: int | None, out: TextIO
+) -> int:
+    """Verify on the ranks of the default process group (collective); return the exit status, the same on all."""
+    with Ranks() as ranks:
+        ranks.check_equal(config.digest(), what="the configuration")
+        check_kernel(config, device_type=device.type)
+        table = Table(out if ranks.first else None)
+        config = ranks.from_first(
+            lambda: _without_auto(config, degrees=degrees, per_machine=per_machine, device=device, say=table.say)
+        )
+        small = shrink(config, cp=degrees.cp, per_machine=per_machine, tokens_per_rank=tokens)
+        mesh = build_mesh(degrees, device_type=device.type)
+        transport = ProcessGroupTransport(
+            mesh.get_group("cp"), far_group=build_far_group(mesh, config.attention.schedule)
+        )
+        groups_of_ranks = mesh.mesh.reshape(-1, degrees.cp).tolist()
+        gatherers = [dist.new_group(each, backend="gloo", timeout=PATIENCE) for each in groups_of_ranks]
+        bench = RealRanks(transport, gatherers[ranks.rank // degrees.cp], device)
+        _announce(table, small, f"{ranks.size} real ranks, {degrees}, on {device.type}")
+        groups = check_groups(small, bench)
+        groups.append(("engine step", lambda: check_engine(small, transport, degrees=degrees, device=device)))
+        begin = time.monotonic()
+        for name, check in groups:
+            for finding in everywhere(ranks.gather(_attempt(name, check))):
+                table.add(finding)
+        return _conclude(table, begin)
 
 
 def _tokens(arguments: Sequence[str]) -> tuple[list[str], int | None]:
@@ -170,6 +195,29 @@ def _simulated_degrees(config: Config) -> tuple[Degrees, int]:
     raise problem
 
 
+def _without_auto(
+    config: Config, *, degrees: Degrees, per_machine: int, device: torch.device, say: Callable[[str], None]
+) -> Config:
+    """Name what `auto` leaves open, by prediction for documents like those of the small corpus."""
+    if "auto" not in (config.attention.layout, config.attention.schedule):
+        return config
+    choice = choose(
+        config.attention,
+        [config.attention.mask(typical_documents(config.data.seq_len))],
+        total=config.data.seq_len,
+        cp=degrees.cp,
+        shape=layer_shape(config),
+        speeds=speeds(config, device=device),
+        per_machine=per_machine,
+    )
+    text = (
+        f"auto: {label(choice.config)} is verified. Training chooses for its own documents and prints what; to verify "
+        "another choice, name attention.layout and attention.schedule"
+    )
+    say(textwrap.fill(text, WIDTH, subsequent_indent=" " * 6))
+    return dataclasses.replace(config, attention=choice.config)
+
+
 def _announce(table: Table, small: Small, ranks: str) -> None:
     source, model, attention = small.source.model, small.model, small.attention
     sample = small.samples[0]
@@ -178,18 +226,18 @@ def _announce(table: Table, small: Small, ranks: str) -> None:
     words += ["documents"] if attention.documents else []
     for key in ("window", "head_windows", "sinks", "chunk"):
         words += [f"{key} {getattr(attention, key)}"] if getattr(attention, key) else []
-    table.say(f"longctx verify: {small.layout.describe()} x {small.schedule.name} x ({', '.join(words)})")
-    table.say(f"  ranks   {ranks}")
-    table.say(
-        f"  tokens  {small.total // small.cp} per rank, {small.total} in all; documents of "
-        f"{', '.join(map(str, sorted(lengths)))}"
-    )
-    table.say(
-        f"  model   {model.num_layers} layer(s), dim {model.dim}, {model.num_heads} heads of {model.head_size}, "
-        f"{model.num_kv_heads} KV heads (configured: {source.num_layers}, {source.dim}, heads of {source.head_size})"
+    title = f"longctx verify: {small.layout.describe()} x {small.schedule.name} x ({', '.join(words)})"
+    table.say(textwrap.fill(title, WIDTH, subsequent_indent=" " * 16))
+    table.note("ranks", ranks)
+    held = f"{small.total // small.cp} per rank, {small.total} in all"
+    table.note("tokens", f"{held}; documents of {', '.join(map(str, sorted(lengths)))}")
+    table.note(
+        "model",
+        f"{model.num_layers} layer(s), dim {model.dim}, {model.num_heads} heads of {model.head_size}, "
+        f"{model.num_kv_heads} KV heads (configured: {source.num_layers}, {source.dim}, heads of {source.head_size})",
     )
     for text in small.scaled:
-        table.say(f"  scaled  {text}")
+        table.note("scaled", text)
     table.header()
 
 

@@ -46,7 +46,7 @@ class RealRanks:
 
     Attributes:
         transport: over the context-parallel group.
-        gatherer: a gloo group of the same ranks, for results.
+        gatherer: a gloo group of the same ranks, for results; impatient, since a rank that failed may be waited for.
     """
 
     transport: Transport
@@ -67,7 +67,12 @@ class RealRanks:
             # They may wait for a message of this rank, and never come to where they would hear of it.
             print(f"rank {self.transport.rank} of the cp group raised {problem}", file=sys.stderr, flush=True)
         results: list[Any] = [None] * self.size
-        dist.all_gather_object(results, (result, problem), group=self.gatherer)
+        try:
+            dist.all_gather_object(results, (result, problem), group=self.gatherer)
+        except RuntimeError:
+            if problem is not None:
+                raise SystemExit(1) from None  # the launcher then ends the ranks that wait
+            raise
         problems = {rank: problem for rank, (_, problem) in enumerate(results) if problem is not None}
         if problems:
             raise RuntimeError("; ".join(f"cp rank {rank}: {text}" for rank, text in problems.items()))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TextIO
 
-WIDTHS = (33, 27, 19, 13, 4)  # name, measured, bound, kernel, result
+WIDTHS = (33, 26, 19, 14, 4)  # name, measured, bound, kernel, result
 WIDTH = sum(WIDTHS) + len(WIDTHS) - 1
 _COLOURS = {"pass": "\033[32m", "FAIL": "\033[1;31m", "info": "\033[2m"}
 
@@ -76,9 +76,13 @@ class Table:
         self.passed = self.failed = 0
 
     def say(self, text: str) -> None:
-        """Print lines of text."""
+        """Print text as it is."""
         if self._stream is not None:
             print(text, file=self._stream, flush=True)
+
+    def note(self, name: str, text: str) -> None:
+        """Print a line under the title, or a few."""
+        self.say(textwrap.fill(text, WIDTH, initial_indent=f"  {name:<7} ", subsequent_indent=" " * 10))
 
     def header(self) -> None:
         """Print the head of the table."""

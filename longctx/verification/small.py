@@ -165,6 +165,16 @@ def _small_attention(
     return small, [f"attention.{key} {getattr(config, key)} -> {getattr(small, key)}" for key in differs]
 
 
+def typical_documents(total: int) -> tuple[int, ...]:
+    """Return document bounds of the corpus' kind for a sequence of any length."""
+    bounds = [0]
+    for length in _document_lengths(total):
+        bounds.append(min(bounds[-1] + length, total))
+        if bounds[-1] == total:
+            break
+    return tuple(bounds)
+
+
 def _document_lengths(total: int) -> list[int]:
     """Return lengths of 1, odd, across ranks and over whole shards, enough for the samples and one token more."""
     pattern = [total // 2 | 1, total // 4, total // 8 | 1, 9, 5, 2, 1, 1, 3]
