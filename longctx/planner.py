@@ -17,7 +17,8 @@ from longctx.parallel.schedule import Shape
 from longctx.parallel.workload import Counter
 
 SAMPLES = 4  # sequences of the run that are looked at
-MANY_RANKS = 16  # above, one of them: counting grows with cp^2 or more
+MANY_RANKS = 8  # above, one of them: counting grows with cp^2 or more
+MOST_RANKS = 32  # above, no stripes but single tokens, for the same reason
 CLOSE = 0.01  # candidates whose times differ less count as equal; the one that comes first wins
 LEAST_WIDTH = 64  # tokens of the narrowest stripe that is tried besides 1
 STRIPES = (2, 8)  # stripes per rank that are tried besides single tokens
@@ -134,7 +135,9 @@ def candidates(
     layouts: list[tuple[str, int]] = [(config.layout, config.width)]
     if config.layout == "auto":
         # One team of all ranks does the same work under any layout: the one that keeps documents whole.
-        layouts = [("contiguous", 1)] if cp == 1 or config.schedule in ("local", "ulysses") else _layouts(total // cp)
+        layouts = (
+            [("contiguous", 1)] if cp == 1 or config.schedule in ("local", "ulysses") else _layouts(total // cp, cp)
+        )
     schedules: list[dict[str, object]] = [{}]
     if config.schedule == "auto":
         schedules = list(_schedules(cp, heads, per_machine)) if cp > 1 else _alone(layouts[0][0])
@@ -144,9 +147,9 @@ def candidates(
             yield dataclasses.replace(config, layout=layout, width=width, **schedule)  # type: ignore[arg-type]
 
 
-def _layouts(tokens: int) -> list[tuple[str, int]]:
-    wide = [("striped", tokens // stripes) for stripes in STRIPES if tokens // stripes >= LEAST_WIDTH]
-    return [("striped", 1), ("zigzag", 1), ("contiguous", 1), *wide]
+def _layouts(tokens: int, cp: int) -> list[tuple[str, int]]:
+    wide = [tokens // stripes for stripes in STRIPES if tokens // stripes >= LEAST_WIDTH and cp <= MOST_RANKS]
+    return [("striped", 1), ("zigzag", 1), ("contiguous", 1), *(("striped", width) for width in wide)]
 
 
 def _alone(layout: str) -> list[dict[str, object]]:

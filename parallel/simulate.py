@@ -1,7 +1,7 @@
 """Move every rank's clock through one layer of attention: what it computes, posts and waits for, as the real one does.
 
 Exchanges are posted before the arithmetic that they can hide behind and waited for after it, exactly as `circulate.py`,
-`schedules/all_gather.py` and `heads.py` do. Time comes from `links.py`, work from `workload.py`; integers and floats only.
+`schedules/all_gather.py` and `heads.py` do. Time comes from `links.py`, work from `workload.py`.
 """
 
 from collections.abc import Callable
@@ -137,25 +137,39 @@ class Layer:
         assert isinstance(self.schedule, Ring)
         count = self.teams.count
         inner = self.schedule.inner(count)
-        wanted = self.needs.turned() if queries else self.needs.keys
-        steps = [circuit.steps(team, wanted, inner) for team in range(count)]
+        wanted = circuit.mirrored(self.needs.turned()) if queries else self.needs.keys
+
+        def turned(team: int) -> int:
+            """Return a team's place on the circuit, or the team at a place: queries go the other way round."""
+            return count - 1 - team if queries else team
+
+        steps = [circuit.steps(turned(team), wanted, inner) for team in range(count)]
         clocks = list(clocks)
         due: list[list[tuple[int, float]]] = [[] for _ in clocks]
         arrival: list[dict[int, float]] = [{} for _ in clocks]  # of shards, by source
         sums_arrival: list[dict[int, float]] = [{} for _ in clocks]
 
         def post(
-            sent: list[circuit.Messages], received: list[circuit.Messages], size: int, at: list[dict[int, float]]
+            sent: list[circuit.Messages],
+            received: list[circuit.Messages],
+            size: int,
+            at: list[dict[int, float]],
+            *,
+            done: int | None = None,
         ) -> None:
-            """Exchange messages of teams, for each of their members, and note when which shard has arrived."""
+            """Exchange messages of teams, for each of their members, and note when which shard has arrived.
+
+            All of an exchange is waited for at time `done`, by default when its last message is due.
+            """
             messages: Messages = {}
             for rank, (team, member) in self.place.items():
                 for message in sent[team]:
-                    way = rank, self.teams.members[message.peer][member]
+                    way = rank, self.teams.members[turned(message.peer)][member]
                     messages[way] = messages.get(way, 0) + (message.span[1] - message.span[0]) * size
             for rank, end in self.net.exchange(clocks, messages).items():
                 team = self.place[rank][0]
-                due[rank].append((max(message.due for message in (*sent[team], *received[team])), end))
+                last = max(message.due for message in (*sent[team], *received[team]))
+                due[rank].append((last if done is None else done, end))
                 at[rank].update({message.source: end for message in received[team]})
 
         for time in range(count):
@@ -168,12 +182,13 @@ class Layer:
             for rank, (team, _) in self.place.items():
                 source = here[team].source
                 if here[team].needed is not None:
-                    clocks[rank] = max(clocks[rank], arrival[rank].get(source, 0.0)) + compute(rank, source, 1.0)
+                    clocks[rank] = max(clocks[rank], arrival[rank].get(source, 0.0))
+                    clocks[rank] += compute(rank, turned(source), 1.0)
                 if sums and here[team].sums_sent is not None:
                     clocks[rank] = max(clocks[rank], sums_arrival[rank].get(source, 0.0))
             if sums:
                 leaving: list[circuit.Messages] = [(step.sums_sent,) if step.sums_sent else () for step in here]
-                post(leaving, [step.sums_received for step in here], sums, sums_arrival)
+                post(leaving, [step.sums_received for step in here], sums, sums_arrival, done=time + 2)
         return [max([clock, *(end for _, end in waiting)]) for clock, waiting in zip(clocks, due, strict=True)]
 
     def _gather(self, clocks: Clocks, payload: int, sums: int, compute: Compute) -> Clocks:
