@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from longctx.kernels.mask import causal, documents, sliding_window
+from longctx.kernels.mask import causal, documents, plain_masks, sliding_window
 from longctx.parallel.layout import Layout
 from longctx.parallel.loopback import run_ranks
-from tests.support.attention import LAYOUTS, make_problem, sharded, together
+from tests.support.attention import LAYOUTS, SCHEDULES, make_mask, make_problem, make_schedule, sharded, together
+from tests.support.attention import MASKS as ALL_MASKS
 
 CP, TOTAL = 4, 44
 BOUNDS = (0, 1, 9, 10, 31, 44)
@@ -17,9 +18,30 @@ MASKS = {
 }
 
 
-def outputs(layout: Layout, problem, mask) -> torch.Tensor:
-    ranks = run_ranks(CP, lambda t: sharded(t, layout, problem, [mask], schedule="ring", kernel="torch"))
-    return together(layout, ranks)
+def outputs(layout: Layout, problem, mask, schedule: str = "ring") -> list[torch.Tensor]:
+    way = make_schedule(schedule, CP)
+    return together(layout, run_ranks(CP, lambda t: sharded(t, layout, problem, [mask], schedule=way, kernel="torch")))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("mask", [name for name in ALL_MASKS if name != "predicate"])
+def test_one_token_moves_who_sees_it_and_gets_gradients_from_them(mask, schedule):
+    """Both ways: the outputs that a changed key moves, and the keys whose gradients a single row's loss reaches."""
+    layout, chosen = Layout("zigzag", CP), make_mask(mask, TOTAL, heads=4)
+    positions = torch.arange(TOTAL)
+    allowed = torch.stack([each.allowed(positions, positions) for each in plain_masks(chosen)]).expand(4, -1, -1)
+    before = outputs(layout, make_problem(TOTAL, (4, 4)), chosen, schedule)[0]
+    for token in (0, 9, 30):
+        problem = make_problem(TOTAL, (4, 4))
+        problem.k[:, token] += 1.0
+        problem.v[:, token] += 1.0
+        problem.dout[:, :token] = 0
+        problem.dout[:, token + 1 :] = 0  # only this token has a loss
+        out, _, _, dk, dv, _ = outputs(layout, problem, chosen, schedule)
+        assert torch.equal((out != before).any(-1)[0].T, allowed[:, :, token])
+        # A key that alone is seen has weight 1 whatever its score, so dk is 0 there: dv tells who is reached.
+        assert torch.equal((dv != 0).any(-1)[0].T, allowed[:, token, :])
+        assert not (dk != 0).any(-1)[0].T[~allowed[:, token, :]].any()
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
@@ -43,7 +65,8 @@ def test_gradients_stay_in_their_document(name):
     problem = make_problem(TOTAL, (4, 2))
     problem.dout[:, :10] = 0
     problem.dout[:, 31:] = 0  # only the document [10, 31) has a loss
-    _, _, *grads = outputs(layout, problem, MASKS["documents"])
+    _, _, *grads, _ = outputs(layout, problem, MASKS["documents"])
     for grad in grads:
         touched = (grad != 0).any(-1).any(-1)[0]
-        assert touched[10:31].all() and not touched[:10].any() and not touched[31:].any()
+        # The document's first token sees itself alone, with weight 1 whatever its query: its dq is 0.
+        assert touched[11:31].all() and not touched[:10].any() and not touched[31:].any()

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from longctx.config import load_config
+from longctx.kernels.mask import causal
+from longctx.kernels.softmax.reference import dense_attention
 from longctx.loss import token_loss_sum
 from longctx.model import Decoder, ModelConfig, RMSNorm, initial_weight, matmul_parameters
 
@@ -21,7 +23,8 @@ def build(config: ModelConfig) -> Decoder:
     return model.double()
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, *, sink_logits=None):
+    assert sink_logits is None
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
     return out.transpose(1, 2)
 
@@ -55,7 +58,7 @@ def test_tokens_may_come_in_any_order_with_their_positions():
     tokens, order = torch.randint(19, (1, 12), generator=torch.Generator().manual_seed(1)), torch.randperm(12)
     inverse = torch.argsort(order)
 
-    def shuffled(q, k, v):
+    def shuffled(q, k, v, *, sink_logits=None):
         return causal_attention(q[:, inverse], k[:, inverse], v[:, inverse])[:, order]
 
     plain = model(tokens, positions=torch.arange(12), attend=causal_attention)
@@ -114,3 +117,17 @@ def test_a_shard_without_labels_has_loss_zero_and_gradient_zero():
     loss = token_loss_sum(logits, torch.full((1, 3), -100))
     loss.backward()
     assert loss.item() == 0.0 and torch.equal(logits.grad, torch.zeros(1, 3, 5))
+
+
+def test_sink_logits_start_at_zero_and_learn():
+    model = build(dataclasses.replace(SMALL, sink_logits=True))
+    tokens, positions = torch.arange(10)[None] % 19, torch.arange(10)
+
+    def attend(q, k, v, *, sink_logits):
+        assert sink_logits.shape == (4,) and not sink_logits.any()
+        allowed = causal().allowed(positions, positions)
+        return dense_attention(q, k, v, allowed=allowed, sink_logits=sink_logits)[0]
+
+    token_loss_sum(model(tokens, positions=positions, attend=attend), tokens.roll(-1, 1)).backward()
+    for block in model.blocks:
+        assert block.attention.sink_logits.grad.abs().min() > 0

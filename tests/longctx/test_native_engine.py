@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from longctx.attention import AttentionConfig, ContextParallelAttention
+from longctx.attention import ContextParallelAttention
+from longctx.attention_config import AttentionConfig
 from longctx.batch import shard_samples
 from longctx.data.stream import Sample
 from longctx.engines.build import build_engine

@@ -21,7 +21,22 @@ RUNS = [
     (4, "zigzag", "engine.parameters=shard parallel.cp=2 parallel.dp_shard=2"),
     (4, "ring", "engine.parameters=shard parallel.cp=2"),
     (2, "striped", "model.tie_embeddings=true"),
+    (4, "double_ring", "attention.inner=2"),
+    (2, "burst", ""),
+    (4, "all_gather", "attention.gather_heads=1"),
+    (4, "ulysses", "engine.parameters=shard"),
+    (4, "usp", "attention.ulysses=2 attention.layout=zigzag"),
+    (4, "usp", "attention.ulysses=2 attention.innermost=ring"),
+    (2, "auto", ""),
 ]
+MASKS = {
+    "window_sinks": "attention.window=20 attention.sinks=2",
+    "head_windows": "attention.head_windows=[7,null,30,null]",
+    "chunk": "attention.chunk=16",
+    "prefix": "attention.prefix=9",
+    "gpt_oss": "attention.window=20 model.sink_logits=true",
+    "softcap": "model.softcap=2.0 model.qk_norm=head",
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +74,19 @@ def test_same_losses(gloo_pool, reference, corpus, tmp_path, world_size, attenti
     assert 5.2 < want[0] < 6.2 and want[19] < want[0] - 0.5  # it starts near log(257) and learns
     for ours, theirs in zip(got, want, strict=True):
         assert abs(ours - theirs) <= tolerance * abs(theirs)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_same_losses_under_every_mask(gloo_pool, corpus, tmp_path, mask):
+    """Each mask gives its own losses, and the same ones on one rank, on stripes, and on teams."""
+    want = run(gloo_pool, 1, "local", MASKS[mask], "float64", corpus, tmp_path / "one")
+    runs = [(2, "striped", MASKS[mask]), (4, "usp", f"attention.ulysses=2 attention.layout=contiguous {MASKS[mask]}")]
+    for index, (world_size, attention, extra) in enumerate(runs):
+        got = run(gloo_pool, world_size, attention, extra, "float64", corpus, tmp_path / str(index))
+        for ours, theirs in zip(got, want, strict=True):
+            assert abs(ours - theirs) <= 1e-10 * abs(theirs)
+    plain = run(gloo_pool, 1, "local", "", "float64", corpus, tmp_path / "plain")
+    assert all(abs(ours - theirs) > 1e-6 for ours, theirs in zip(want[:20], plain[:20], strict=True))
 
 
 def test_bfloat16_follows_float32(gloo_pool, reference, corpus, tmp_path):

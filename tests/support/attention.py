@@ -216,8 +216,8 @@ NAMES = ("out", "lse", "dq", "dk", "dv", "dsink")
 
 
 def assert_equal(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
-    """Compare out, lse, dq, dk, dv, d(sink_logits); -inf must be where -inf is, and NaN nowhere."""
-    for name, ours, ref in zip(NAMES, got, want, strict=True):
+    """Compare out, lse, dq, dk, dv, d(sink_logits), or the first few; -inf must be where -inf is, and NaN nowhere."""
+    for name, ours, ref in zip(NAMES[: len(got)], got, want, strict=True):
         assert torch.equal(torch.isneginf(ours), torch.isneginf(ref)), name
         finite = ~torch.isneginf(ref)
         error = (ours[finite] - ref[finite]).abs().max().item() if finite.any() else 0.0
