@@ -1,5 +1,7 @@
 """Checks of what a rank is given: its tokens, positions, labels and mask, against the corpus and the config's words."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,8 +9,9 @@ from longctx.attention import ContextParallelAttention
 from longctx.batch import shard_samples
 from longctx.kernels.mask import plain_masks
 from longctx.parallel.transport import Transport
+from longctx.rope import rope_table
 from longctx.verification.bench import Bench
-from longctx.verification.report import Finding, none_wrong
+from longctx.verification.report import Finding, at_most, none_wrong
 from longctx.verification.small import Small
 
 
@@ -30,6 +33,7 @@ def check_data(small: Small, bench: Bench) -> list[Finding]:
         _in_place(small, "tokens", [rank["tokens"] for rank in ranks], positions, torch.stack(small.tokens)),
         *_labels(small, ranks, positions),
         _masks(small),
+        _rope(small),
     ]
 
 
@@ -123,6 +127,22 @@ def _masks(small: Small) -> Finding:
                 f"first in sequence {row}, mask {head}: query {q} {sees} key {k} (documents, windows, chunks, prefix?)"
             )
     return none_wrong("mask: pairs as configured", wrong, of, why=why)
+
+
+def _rope(small: Small) -> Finding:
+    """Compare cosines and sines at the end of a sequence of the configured length with the formula."""
+    model, last = small.source.model, small.source.data.seq_len - 1
+    places = [last, max(last - 1, 0), last // 2]
+    table = rope_table(torch.tensor(places), head_dim=model.head_size, theta=model.rope_theta)
+    rates = [model.rope_theta ** (-2 * i / model.head_size) for i in range(model.head_size // 2)]
+    errors = [
+        abs(float(table[part][row, i]) - function(place * rate))
+        for part, function in enumerate((math.cos, math.sin))
+        for row, place in enumerate(places)
+        for i, rate in enumerate(rates)
+    ]
+    why = "angles must be computed in float64: position x frequency does not fit in 24 bits"
+    return at_most(f"RoPE at position {last:,}", max(errors), 1e-6, why=why)
 
 
 def _different(a: Tensor, b: Tensor) -> int:

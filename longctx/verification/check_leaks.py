@@ -9,6 +9,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from longctx.parallel.plan import plan
 from longctx.verification.attend import attend, kernel_name
 from longctx.verification.bench import Bench
 from longctx.verification.check_attention import problem_of
@@ -16,14 +17,18 @@ from longctx.verification.check_data import where
 from longctx.verification.report import Finding
 from longctx.verification.small import Small
 
+_CALLS = 5_000  # rows x tiles of all ranks for the kernel that goes through rows one by one
 _WORK = 700_000_000  # rows x heads x T x T x head size of one probing pass
 
 
 def check_leaks(small: Small, bench: Bench, *, dtype: torch.dtype, head_dim: int) -> list[Finding]:
     """Probe token by token, forward and backward, in one dtype."""
-    tokens = probed(small, head_dim=head_dim)
-    rows = torch.arange(len(tokens))
     kernel = kernel_name(small, device=bench.device, dtype=dtype, head_dim=head_dim)
+    most = max(_WORK // (small.model.num_heads * small.total**2 * head_dim), 8)
+    if kernel.endswith("Blocked"):
+        most = min(most, max(_CALLS // max(tiles_of_all_ranks(small), 1), 8))
+    tokens = probed(small, most)
+    rows = torch.arange(len(tokens))
     problem = problem_of(small, batch=len(tokens), head_dim=head_dim, dtype=dtype)
     # Even weights and a large change: in 16 bits, too, whoever sees the token moves.
     problem = dataclasses.replace(problem, q=problem.q / 4)
@@ -63,9 +68,16 @@ _FORWARD = ("changing the token at {token} moved the output at {place}", "did no
 _BACKWARD = ("the gradient of the output at {token} reached the value at {place}", "did not reach")
 
 
-def probed(small: Small, *, head_dim: int) -> Tensor:
+def tiles_of_all_ranks(small: Small) -> int:
+    """Return the kernel calls of one row of a batch, over all ranks and hops."""
+    ranks = range(small.cp)
+    return sum(
+        plan(small.layout, small.masks[:1], small.schedule, rank=rank, total=small.total).num_tiles for rank in ranks
+    )
+
+
+def probed(small: Small, count: int) -> Tensor:
     """Return the tokens to probe: all of them, or the ends of documents and others spread evenly."""
-    count = max(_WORK // (small.model.num_heads * small.total**2 * head_dim), 8)
     if count >= small.total:
         return torch.arange(small.total)
     bounds = small.samples[0].cu_seqlens

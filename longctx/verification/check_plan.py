@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor
 
+from longctx.kernels.mask import plain_masks
 from longctx.kernels.tiles import visible
-from longctx.parallel.balance import balance
+from longctx.parallel.balance import Balance, balance, visible_pairs
 from longctx.parallel.heads import HeadSplit
 from longctx.parallel.plan import Hop, Plan, plan
 from longctx.parallel.teams import team_shard
 from longctx.verification.report import Finding, none_wrong
-from longctx.verification.small import Small
+from longctx.verification.small import Small, typical_documents
+
+_COUNTING = 200_000  # pairs of ranks x (documents + segments) that are gone through at the configured length
 
 
 def check_plan(small: Small) -> list[Finding]:
@@ -20,16 +23,7 @@ def check_plan(small: Small) -> list[Finding]:
         findings.append(_coverage(small, plans, queries_travel=True))
     if plans[0].teams.count > 1:
         findings.append(_fetched(small, plans[0]))
-    work = balance(small.layout, small.masks, small.schedule, total=small.total)
-    findings.append(
-        Finding(
-            name="plan: balance at this size",
-            measured=f"{work.efficiency:.1%} of ideal",
-            bound=f"busiest {work.imbalance:.2f}x",
-            passed=None,
-        )
-    )
-    return findings
+    return [*findings, *_full_size(small)]
 
 
 def team_positions(small: Small, members: tuple[int, ...]) -> Tensor:
@@ -70,6 +64,47 @@ def _count(small: Small, each: Plan, hop: Hop, rank: int, counts: Tensor, *, que
             counts[rows, mine[0] + begin : mine[0] + end, q[:, None], k[None, :]] += visible(tile, device="cpu").to(
                 torch.uint8
             )
+
+
+def _full_size(small: Small) -> list[Finding]:
+    """Count the pairs of all ranks at the configured length, where nothing is scaled, and tell the balance there.
+
+    Where that would take long, tell the balance of the small size.
+    """
+    source, total = small.source, small.source.data.seq_len
+    layout = source.attention.make_layout(small.cp)
+    segments = len(layout.segments(0, total))
+    bounds = typical_documents(total)
+    if small.cp**2 * (len(bounds) + segments) > _COUNTING:
+        work = balance(small.layout, small.masks, small.schedule, total=small.total)
+        return [_balance("plan: balance at this size", work)]
+    mask = source.attention.mask(bounds)
+    schedule = source.attention.make_schedule(
+        small.cp,
+        heads=source.model.num_heads,
+        kv_heads=source.model.num_kv_heads,
+        per_machine=small.per_machine,
+    )
+    work = balance(layout, [mask], schedule, total=total)
+    pairs = sum(visible_pairs(each, total=total) for each in plain_masks(mask))
+    why = (
+        f"of {len(bounds) - 1} documents in {total:,} tokens, all ranks together against one rank that has all of them"
+    )
+    return [
+        Finding(
+            name=f"plan: pairs of {total:,} tokens",
+            measured=f"{work.total:,}",
+            bound=f"{pairs:,}",
+            passed=work.total == pairs,
+            why=why,
+        ),
+        _balance(f"plan: balance, {total:,} tokens", work),
+    ]
+
+
+def _balance(name: str, work: Balance) -> Finding:
+    measured, bound = f"{work.efficiency:.1%} of ideal", f"busiest {work.imbalance:.2f}x"
+    return Finding(name=name, measured=measured, bound=bound, passed=None)
 
 
 def _fetched(small: Small, any_plan: Plan) -> Finding:

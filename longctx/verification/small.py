@@ -51,6 +51,7 @@ class Small:
     layout: Layout
     schedule: Schedule
     total: int
+    per_machine: int
     samples: tuple[Sample, ...]
     document_of_token: Tensor
     scaled: tuple[str, ...]
@@ -135,6 +136,7 @@ def shrink(config: Config, *, cp: int, per_machine: int, tokens_per_rank: int | 
         layout=layout,
         schedule=attention.make_schedule(cp, heads=heads, kv_heads=config.model.num_kv_heads, per_machine=per_machine),
         total=total,
+        per_machine=per_machine,
         samples=_samples(lengths, total=total, seed=config.data.seed),
         document_of_token=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         scaled=tuple(scaled),
