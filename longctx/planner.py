@@ -45,11 +45,11 @@ class Choice:
         chosen = next(place for place, (config, _) in enumerate(self.ranked) if config == self.config)
         if chosen not in places:
             places[-1] = chosen
-        title = (
+        lines = [
             f"auto: {label(self.config)}, the simplest within {CLOSE:.0%} of the fastest of {len(self.ranked)} "
-            f"candidate(s); predicted for one layer, forward and backward, mean of {self.sequences} sequence(s)"
-        )
-        lines = [title, f"  with {self.speeds.describe()}"]
+            f"candidate(s); one layer, forward and backward, mean of {self.sequences} sequence(s), predicted with",
+            f"  {self.speeds.describe()}",
+        ]
         width = max(len(label(self.ranked[place][0])) for place in places)
         head = ("ms", "of ideal", "compute", "exposed", "MB sent", "MB far")
         lines.append(f"    {'':{width}}" + "".join(f"{name:>10}" for name in head))
