@@ -11,9 +11,13 @@ KERNELS = ("auto", "torch", "reference")
 
 
 def choose_primitive(request: Request) -> Primitive:
-    """Return ATen's flash attention where it serves the request, else the blocked matrix products."""
+    """Return ATen's flash attention where it serves the request, else the blocked matrix products.
+
+    They take 16-bit inputs on CPU too: ATen rounds every partial result there, and takes longer (docs/numerics.md).
+    """
     library: Primitive = CudaFlash() if request.device_type == "cuda" else CpuFlash()
-    return library if library.unsupported(request) is None else Blocked()
+    rounds = request.device_type == "cpu" and request.dtype.itemsize == 2
+    return Blocked() if rounds or library.unsupported(request) is not None else library
 
 
 def resolve_kernel(name: str, request: Request) -> LocalKernel:
