@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, help="tokens to the left; default tokens / 16")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="1,024 tokens, 1 round: does it run?")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/schedules_cpu.json"))
     options = parser.parse_args()
@@ -142,22 +142,17 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     alone: dict[tuple[str, Mask], Make] = {}
     for heads, (num, num_kv) in HEADS.items():
         whole = make_problem(options.tokens, num, num_kv, options.head_dim, getattr(torch, options.dtype))
+        dim = options.head_dim
+        shape = Shape(heads=num, kv_heads=num_kv, head_dim=dim, v_head_dim=dim, dtype=whole.q.dtype)
         for case in cases(options.window):
             make = alone.setdefault((heads, case.mask), local(whole, case.mask))
             truth = run(make)
             for name, schedule in _of_interest(case, ranks):
                 layout = Layout(case.layout, ranks)
                 column, plan = build(case, layout, schedule, whole)
+                one, counted = count(column, plan, shape)
                 positions = [layout.positions(each, options.tokens) for each in range(ranks)]
-                check(f"{name} ({heads}, {case.name})", run(column), positions, truth, options.dtype)
-                shape = Shape(
-                    heads=num,
-                    kv_heads=num_kv,
-                    head_dim=options.head_dim,
-                    v_head_dim=options.head_dim,
-                    dtype=whole.q.dtype,
-                )
-                counted = count(column, plan, shape)
+                check(f"{name} ({heads}, {case.name})", one, positions, truth, options.dtype)
                 columns[heads, case, name] = Column(column, counted, gathered(peak_bytes(column)))
     times: dict[Any, list[list[float]]] = {key: [] for key in (*alone, *columns)}
     for _ in range(options.rounds):
@@ -197,8 +192,12 @@ def _everything(layout: Layout, masks: object, teams: Any, *, total: int) -> Nee
     return Needs(table, table)
 
 
-def count(make: Make, plan: Plan, shape: Shape) -> list[tuple[Sent, Sent]]:
-    """Return what every rank sends forward and backward; refuse another count than the predicted one (collective)."""
+def count(make: Make, plan: Plan, shape: Shape) -> tuple[OurPass, list[tuple[Sent, Sent]]]:
+    """Do a pass and return it with what every rank sends forward and backward (collective).
+
+    Raises:
+        RuntimeError: another count than the predicted one.
+    """
     one = make()
     assert isinstance(one, OurPass)
     counted = []
@@ -212,7 +211,7 @@ def count(make: Make, plan: Plan, shape: Shape) -> list[tuple[Sent, Sent]]:
     for rank, (ours, theirs) in enumerate(everyone):
         if ours != theirs:
             raise RuntimeError(f"{plan.schedule} on rank {rank} sent {ours}, predicted were {theirs}")
-    return [(forward, backward) for (forward, backward), _ in everyone]
+    return one, [(forward, backward) for (forward, backward), _ in everyone]
 
 
 def peak_bytes(make: Make) -> int:
