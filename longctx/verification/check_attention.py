@@ -11,6 +11,9 @@ from longctx.verification.small import Small
 
 EXACT = 1e-10
 FACTORS = dict(zip(NAMES, (2.0, 2.0, 3.0, 3.0, 3.0, 3.0), strict=True))  # times the error of torch in the same dtype
+LARGEST = (
+    10.0  # of so few numbers the largest error is noise: a ratio of 3 is not rare, that of the rms stays below 1.6
+)
 _USUALLY = {
     "out": "the kernel ignores part of the mask, a hop is missing or doubled, or shards are merged wrongly",
     "lse": "the kernel ignores part of the mask, or hops are merged wrongly",
@@ -56,16 +59,19 @@ def check_dtype(small: Small, bench: Bench) -> tuple[list[Finding], Outcome]:
         for name, expected in truth.items():
             if name in ("lse", NAMES[5]):  # both are kept in float32, or a sum that is
                 continue
-            error, torchs = max_error(outcome.tensors[name], expected), max_error(plain[name], expected)
-            why = f"torch alone is off by {torchs:.1e} in this dtype; partial sums must be merged in float32"
+            error, torchs = rms_error(outcome.tensors[name], expected), rms_error(plain[name], expected)
+            largest, torchs_largest = max_error(outcome.tensors[name], expected), max_error(plain[name], expected)
             findings.append(
                 Finding(
-                    name=f"{short}: {name} vs float64",
+                    name=f"{short}: {name} vs float64, rms",
                     measured=f"{error:.1e} (torch {torchs:.1e})",
                     bound=f"<= {FACTORS[name]:g} x torch's",
-                    passed=error <= FACTORS[name] * torchs,
+                    passed=error <= FACTORS[name] * torchs and largest <= LARGEST * torchs_largest,
                     kernel=kernel,
-                    why=why,
+                    why=(
+                        f"in this dtype torch alone is off by {torchs:.1e} (at most {torchs_largest:.1e}), this by "
+                        f"{error:.1e} (at most {largest:.1e}): partial sums must be merged in float32"
+                    ),
                 )
             )
     again = attend(small, bench, problem, small.masks[:1])
@@ -80,6 +86,11 @@ def max_error(ours: Tensor, expected: Tensor) -> float:
     """Return max|ours - expected| in float64; equal infinities differ by 0, NaN gives NaN."""
     a, b = ours.double(), expected.double()
     return float(torch.where(a == b, 0.0, (a - b).abs()).max())
+
+
+def rms_error(ours: Tensor, expected: Tensor) -> float:
+    """Return the root of the mean square of `ours - expected` in float64."""
+    return float((ours.double() - expected.double()).square().mean().sqrt())
 
 
 def problem_of(small: Small, *, batch: int, head_dim: int, dtype: torch.dtype) -> Problem:
