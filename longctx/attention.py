@@ -121,7 +121,13 @@ class ContextParallelAttention:
             softcap=softcap is not None,
             predicate=any(not mask.banded for mask in plan.masks),
         )
-        shape = Shape(heads=heads, kv_heads=kv_heads, head_dim=q.shape[-1], v_head_dim=v.shape[-1], dtype=q.dtype)
+        shape = Shape(
+            heads=request.num_heads,
+            kv_heads=request.num_kv_heads,
+            head_dim=q.shape[-1],
+            v_head_dim=v.shape[-1],
+            dtype=q.dtype,
+        )
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         call = Call(
             plan=plan,

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import get_args
 
 from torch import Tensor
 
 from longctx.kernels.mask import HeadMasks, Mask, causal, chunked, documents, full, per_head, prefix_lm, sliding_window
 from longctx.kernels.softmax.op import KERNELS
 from longctx.loss import IGNORED
-from longctx.parallel.layout import Layout
+from longctx.parallel.layout import Layout, LayoutName
 from longctx.parallel.registry import ScheduleOptions, check_schedule, resolve_schedule
 from longctx.parallel.schedule import Schedule
 
@@ -54,6 +55,9 @@ class AttentionConfig:
 
     def validate(self) -> None:
         """Refuse unknown names and impossible products."""
+        if self.layout not in (*get_args(LayoutName), "auto"):
+            known = ", ".join((*get_args(LayoutName), "auto"))
+            raise ValueError(f"attention.layout={self.layout} is not known; known are {known}")
         if self.layout != "auto":
             self.make_layout(cp=1)
         elif self.width != 1:
@@ -63,7 +67,7 @@ class AttentionConfig:
             if given:
                 raise ValueError(f"attention.schedule=auto chooses attention.{given[0]} too; leave it null")
         else:
-            check_schedule(self.schedule, self.options)
+            check_schedule(self.schedule, self.options, also=("auto",))
             if self.schedule == "local" and self.layout not in ("contiguous", "auto"):
                 raise ValueError(
                     f"attention.schedule=local keeps a sequence on one rank in its order, so attention.layout "

@@ -77,12 +77,13 @@ class _Circuit:
 
 @dataclass(frozen=True)
 class _Hand:
-    """A shard is handed from its stop at time `giver` to that at time `taker`, posted at time `posted`."""
+    """Tokens `span` are handed from the stop at time `giver` to that at time `taker`, posted at time `posted`."""
 
     giver: int
     taker: int
     posted: int
     lane: int
+    span: Span
 
 
 def order(rank: int, size: int, inner: int) -> tuple[int, ...]:
@@ -105,34 +106,21 @@ def steps(rank: int, wanted: Table, inner: int) -> tuple[Step, ...]:
     released: list[list[int]] = [[] for _ in range(size)]
     sums_sent: list[Message | None] = [None] * size
     sums_received: list[list[Message]] = [[] for _ in range(size)]
-    for source in range(size):
-        stops = [circuit.stop(source, time) for time in range(size)]
-        wants = [wanted[stop][source] for stop in stops]
-        hands = _hands(wants, inner)
-        carried = _carried(wants, hands)
-        mine = stops.index(rank)
+    for source, path in enumerate(_paths(wanted, inner)):
+        mine = path.stops.index(rank)
         last_use = mine
-        for hand in hands:
-            span = carried[hand.taker]
-            assert span is not None, hand
+        for hand in path.hands:
             if hand.giver == mine:
-                sent[hand.posted][hand.lane].append(Message(stops[hand.taker], source, span, hand.taker))
+                sent[hand.posted][hand.lane].append(Message(path.stops[hand.taker], source, hand.span, hand.taker))
                 last_use = max(last_use, hand.posted)
             if hand.taker == mine:
-                received[hand.posted][hand.lane].append(Message(stops[hand.giver], source, span, hand.taker))
+                received[hand.posted][hand.lane].append(Message(path.stops[hand.giver], source, hand.span, hand.taker))
         released[last_use].append(source)
-        total: Span | None = None
-        for time in range(1, size):
-            if wants[time] is None:
-                total = None
-                continue
-            total = joined_span(total, wants[time])
-            assert total is not None
-            following = time + 1 if time + 1 < size and wants[time + 1] is not None else 0
-            if time == mine:
-                sums_sent[time] = Message(stops[following], source, total, following)
-            if following == mine:
-                sums_received[time].append(Message(stops[time], source, total, following))
+        for hand in path.sums:
+            if hand.giver == mine:
+                sums_sent[mine] = Message(path.stops[hand.taker], source, hand.span, hand.taker)
+            if hand.taker == mine:
+                sums_received[hand.posted].append(Message(path.stops[hand.giver], source, hand.span, hand.taker))
 
     def by_due(lanes: tuple[list[Message], list[Message]]) -> tuple[Messages, Messages]:
         near, far = (tuple(sorted(lane, key=lambda message: (message.due, message.source))) for lane in lanes)
@@ -152,13 +140,47 @@ def steps(rank: int, wanted: Table, inner: int) -> tuple[Step, ...]:
     )
 
 
+@dataclass(frozen=True)
+class _Path:
+    """One shard's way: the rank of each stop, who hands the shard to whom, and who the sums (to time 0: home)."""
+
+    stops: tuple[int, ...]
+    hands: tuple[_Hand, ...]
+    sums: tuple[_Hand, ...]
+
+
+@lru_cache(maxsize=32)  # the same for all ranks
+def _paths(wanted: Table, inner: int) -> tuple[_Path, ...]:
+    size = len(wanted)
+    circuit = _Circuit(size, inner)
+    paths = []
+    for source in range(size):
+        stops = tuple(circuit.stop(source, time) for time in range(size))
+        wants = [wanted[stop][source] for stop in stops]
+        paths.append(_Path(stops, tuple(_hands(wants, inner)), tuple(_sums(wants))))
+    return tuple(paths)
+
+
+def _sums(wants: list[Span | None]) -> list[_Hand]:
+    """Return how the sums go: along stops that follow each other and add something, and home from the last of those."""
+    hands: list[_Hand] = []
+    total: Span | None = None
+    for time in range(1, len(wants)):
+        total = None if wants[time] is None else joined_span(total, wants[time])
+        if total is not None:
+            goes_on = time + 1 < len(wants) and wants[time + 1] is not None
+            hands.append(_Hand(time, time + 1 if goes_on else 0, time, NEAR, total))
+    return hands
+
+
 def _hands(wants: list[Span | None], inner: int) -> list[_Hand]:
     """Return by whom, and when, each stop of a shard's path that wants it gets it: nobody else carries it.
 
     By the stop before; after a gap by the first of the same inner ring, the owner on the first ring; and the first of
     a ring by that of the ring before.
     """
-    hands, entry = [], 0
+    hands: list[tuple[int, int, int, int]] = []
+    entry = 0
     for first in range(0, len(wants), inner):
         entered = first == 0
         for time in range(max(first, 1), first + inner):
@@ -166,21 +188,16 @@ def _hands(wants: list[Span | None], inner: int) -> list[_Hand]:
                 continue
             if entered:
                 before = time - 1 if time - 1 >= entry and (wants[time - 1] is not None or time == 1) else entry
-                hands.append(_Hand(before, time, time - 1, NEAR))
+                hands.append((before, time, time - 1, NEAR))
             else:
                 # As early as the giver has it, but no more than one inner ring ahead: it takes memory there.
-                hands.append(_Hand(entry, time, max(entry, time - inner), FAR))
+                hands.append((entry, time, max(entry, time - inner), FAR))
                 entry, entered = time, True
-    return hands
-
-
-def _carried(wants: list[Span | None], hands: list[_Hand]) -> list[Span | None]:
-    """Return the tokens that each stop, or one that has them from it, wants."""
-    carried = list(wants)
-    for hand in sorted(hands, key=lambda hand: hand.taker, reverse=True):
-        if hand.giver:
-            carried[hand.giver] = joined_span(carried[hand.giver], carried[hand.taker])
-    return carried
+    carried = list(wants)  # what a stop, or one that has the shard from it, wants
+    for giver, taker, _, _ in reversed(hands):
+        if giver:
+            carried[giver] = joined_span(carried[giver], carried[taker])
+    return [_Hand(*hand, span) for hand in hands if (span := carried[hand[1]]) is not None]
 
 
 def mirrored(wanted: Table) -> Table:

@@ -38,10 +38,10 @@ _OPTIONS = {
 }
 
 
-def check_schedule(name: str, options: ScheduleOptions) -> None:
-    """Refuse an unknown name, and options that the schedule does not have (ValueError)."""
+def check_schedule(name: str, options: ScheduleOptions, *, also: tuple[str, ...] = ()) -> None:
+    """Refuse an unknown name and options that the schedule does not have (ValueError); `also` are other known names."""
     if name not in SCHEDULES:
-        raise ValueError(f"attention.schedule={name} is not known; known are {', '.join(SCHEDULES)}")
+        raise ValueError(f"attention.schedule={name} is not known; known are {', '.join((*SCHEDULES, *also))}")
     for key, owners in _OPTIONS.items():
         value = getattr(options, key)
         if value is not None and name not in owners:

@@ -98,7 +98,10 @@ class Schedule(Hashable, Protocol):
         ...
 
     def moves_queries(self, shape: Shape) -> bool:
-        """Tell whether the backward pass sends queries round, and K/V stay (`backward` is not called then)."""
+        """Tell whether the backward pass sends queries round, and K/V stay (`backward` is not called then).
+
+        `shape` has the heads of one rank.
+        """
         ...
 
     def sent(self, team: int, needs: Needs, shape: Shape) -> tuple[Sent, Sent]:
