@@ -30,13 +30,19 @@ def test_an_unknown_command_lists_the_known(capsys):
     assert cli.main(["trian", "attention=ring"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "longctx: unknown command 'trian'; the commands are: train\n"
+    assert captured.err == "longctx: unknown command 'trian'; the commands are: train, verify\n"
 
 
 @pytest.mark.parametrize("argv", [["train", "--help"], ["train", "attention=ring", "-h"]])
 def test_train_help(capsys, argv):
     assert cli.main(argv) == 0
     assert capsys.readouterr().out == cli.TRAIN_HELP
+
+
+@pytest.mark.parametrize("argv", [["verify", "--help"], ["verify", "attention=ring", "-h"]])
+def test_verify_help(capsys, argv):
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == cli.VERIFY_HELP
 
 
 @pytest.mark.parametrize("status", [0, 3])
@@ -49,13 +55,13 @@ def test_a_command_gets_its_arguments_and_gives_the_status(monkeypatch, status):
     assert seen == [["attention=ring", "data.seq_len=64"]]
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["verify", "--help"]])
 def test_help_imports_nothing_heavy(argv):
     code = "import sys; from longctx.cli import main; main(sys.argv[1:]); sys.exit(' '.join(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     loaded = set(done.stderr.split())
     assert {"longctx", "longctx.cli"} <= loaded
-    assert not loaded & {"torch", "numpy", "hydra", "omegaconf", "longctx.train"}
+    assert not loaded & {"torch", "numpy", "hydra", "omegaconf", "longctx.train", "longctx.verify"}
 
 
 def test_the_module_is_the_command():
