@@ -15,7 +15,7 @@ from longctx.kernels.softmax.delta import row_delta
 from longctx.parallel.heads import HeadSplit, to_heads, to_tokens
 from longctx.parallel.plan import Hop, Plan
 from longctx.parallel.schedule import KvHeads, Rows, Schedule
-from longctx.parallel.teams import team_order
+from longctx.parallel.teams import Order, team_order
 from longctx.parallel.transport import Among, Transport
 
 
@@ -57,10 +57,10 @@ class Call:
         members = range(self.split.team)
         return [self.split.q(member) for member in members], [self.split.kv(member) for member in members]
 
-    @property
-    def order(self) -> Tensor | None:
+    def order(self, device: torch.device) -> Order | None:
+        """Return in which order the team holds its tokens."""
         teams, rank = self.plan.teams, self.plan.rank
-        return team_order(self.plan.layout, teams.members[teams.place(rank)[0]], self.plan.total)
+        return team_order(self.plan.layout, teams.members[teams.place(rank)[0]], self.plan.total, device)
 
 
 class Attention(torch.autograd.Function):
@@ -71,7 +71,7 @@ class Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor]:
         q_share, kv_share = call.shares
-        team, order = call.team, call.order
+        team, order = call.team, call.order(q.device)
         q, k, v = to_heads(team, (q, k, v), (q_share, kv_share, kv_share), order)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once, rather than at every hop
         partial = empty_partial(q, v_head_dim=v.shape[-1])
@@ -111,7 +111,7 @@ class Attention(torch.autograd.Function):
         call: Call = ctx.call
         q, k, v, out, lse, sink = ctx.saved_tensors
         q_share, kv_share = call.shares
-        team, order = call.team, call.order
+        team, order = call.team, call.order(q.device)
         delta = row_delta(dout, out).transpose(1, 2).unsqueeze(-1)  # [B, T, H, 1]
         dout, delta = to_heads(team, (dout, delta), (q_share, q_share), order)
         rows = Rows(q, dout.contiguous(), lse.transpose(1, 2), delta.squeeze(-1))

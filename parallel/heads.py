@@ -11,6 +11,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from longctx.parallel.teams import Order
 from longctx.parallel.transport import Transport
 
 
@@ -47,14 +48,14 @@ class HeadSplit:
 
 
 def to_heads(
-    team: Transport, tensors: Sequence[Tensor], shares: Sequence[Sequence[Sequence[int]]], order: Tensor | None
+    team: Transport, tensors: Sequence[Tensor], shares: Sequence[Sequence[Sequence[int]]], order: Order | None
 ) -> list[Tensor]:
     """Give every member its heads of this rank's tokens (one exchange for all tensors).
 
     Args:
         tensors: each `[B, n, H, D]`, any number of heads.
         shares: for each tensor, the heads of each member.
-        order: where each token of the team's order is among the members' tokens, one after the other (`team_order`).
+        order: in which the team holds its tokens (`team_order`).
 
     Returns:
         each `[B, team.size * n, h, D]` with this rank's heads.
@@ -64,15 +65,15 @@ def to_heads(
     members = [member for member in range(team.size) if member != team.rank]
     outgoing = {m: [_heads(x, share[m]) for x, share in zip(tensors, shares, strict=True)] for m in members}
     own = [_heads(x, share[team.rank]) for x, share in zip(tensors, shares, strict=True)]
-    incoming = {m: [torch.empty_like(x) for x in own] for m in members}
+    incoming = {m: [torch.empty_like(x, memory_format=torch.contiguous_format) for x in own] for m in members}
     team.exchange(outgoing, incoming).wait()
     incoming[team.rank] = own
     whole = [torch.cat([incoming[m][i] for m in range(team.size)], dim=1) for i in range(len(own))]
-    return whole if order is None else [x.index_select(1, order.to(x.device)) for x in whole]
+    return whole if order is None else [x.index_select(1, order.there) for x in whole]
 
 
 def to_tokens(
-    team: Transport, tensors: Sequence[Tensor], shares: Sequence[Sequence[Sequence[int]]], order: Tensor | None
+    team: Transport, tensors: Sequence[Tensor], shares: Sequence[Sequence[Sequence[int]]], order: Order | None
 ) -> list[Tensor]:
     """Give every member its tokens of this rank's heads: the inverse of `to_heads`, summing heads that were repeated.
 
@@ -85,8 +86,7 @@ def to_tokens(
     if team.size == 1:
         return list(tensors)
     if order is not None:
-        back = torch.argsort(order)
-        tensors = [x.index_select(1, back.to(x.device)) for x in tensors]
+        tensors = [x.index_select(1, order.back) for x in tensors]
     parts = [x.chunk(team.size, dim=1) for x in tensors]
     members = [member for member in range(team.size) if member != team.rank]
     outgoing = {m: [part[m].contiguous() for part in parts] for m in members}
@@ -97,16 +97,18 @@ def to_tokens(
 
 
 def _heads(x: Tensor, heads: Sequence[int]) -> Tensor:
-    return x.index_select(2, torch.tensor(heads, device=x.device))
+    if list(heads) == list(range(heads[0], heads[-1] + 1)):
+        return x[:, :, heads[0] : heads[-1] + 1]
+    return torch.stack([x[:, :, head] for head in heads], dim=2)
 
 
 def _gathered(parts: Sequence[Tensor], shares: Sequence[Sequence[int]]) -> Tensor:
     """Put heads back in order, adding those that came more than once, in the order of the members."""
-    order = torch.tensor([head for share in shares for head in share], device=parts[0].device)
+    heads = [head for share in shares for head in share]
     together = torch.cat(list(parts), dim=2)
-    if len(order) == 1 + int(order.max()):
+    if heads == list(range(len(heads))):
         return together
-    whole = together.new_zeros((*together.shape[:2], 1 + int(order.max()), together.shape[3]))
-    for index, head in enumerate(order.tolist()):
+    whole = together.new_zeros((*together.shape[:2], 1 + max(heads), together.shape[3]))
+    for index, head in enumerate(heads):
         whole[:, :, head] += together[:, :, index]
     return whole

@@ -7,6 +7,7 @@ plain ring. One team of all ranks is Ulysses. Everything in between is USP: K/V 
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,14 +84,28 @@ def team_shard(layout: Layout, members: tuple[int, ...], total: int) -> tuple[St
     return tuple(layout.segments(rank, total) for rank in members)
 
 
-@lru_cache(maxsize=64)
-def team_order(layout: Layout, members: tuple[int, ...], total: int) -> Tensor | None:
-    """Return where each token of the team's order is in the members' shards, one after the other; int64, or None if
-    that is the same order."""
+class Order(NamedTuple):
+    """How a team's tokens lie against its members' shards, one after the other; int64 indices.
+
+    Attributes:
+        there: where each token of the team's order is among the members' tokens.
+        back: the inverse.
+    """
+
+    there: Tensor
+    back: Tensor
+
+
+@lru_cache(maxsize=16)  # on the device: at a million tokens it is 8 MB, for every layer
+def team_order(layout: Layout, members: tuple[int, ...], total: int, device: torch.device) -> Order | None:
+    """Return the order in which a team holds its tokens, or None if that is member by member."""
     if len(members) == 1 or len(team_shard(layout, members, total)) > 1:
         return None
-    order = torch.argsort(torch.cat([layout.positions(rank, total) for rank in members]))
-    return None if torch.equal(order, torch.arange(len(order))) else order
+    positions = torch.cat([layout.positions(rank, total) for rank in members])
+    there = torch.argsort(positions)
+    if torch.equal(there, torch.arange(len(there))):
+        return None
+    return Order(there.to(device), torch.argsort(there).to(device))
 
 
 def _joined(segments: list[Segment]) -> Strip:

@@ -5,6 +5,7 @@ import torch
 
 from longctx.parallel.heads import HeadSplit, to_heads, to_tokens
 from longctx.parallel.loopback import run_ranks
+from longctx.parallel.teams import Order
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,8 @@ def test_there_and_back(kv_heads):
     size, tokens, heads = 4, 3, 8
     split = HeadSplit(heads, kv_heads, size)
     shares = [split.q(m) for m in range(size)], [split.kv(m) for m in range(size)]
-    order = torch.randperm(size * tokens, generator=torch.Generator().manual_seed(0))
+    there = torch.randperm(size * tokens, generator=torch.Generator().manual_seed(0))
+    order = Order(there, torch.argsort(there))
 
     def tagged(rank, count):
         x = torch.arange(tokens)[:, None] * 100 + torch.arange(count)[None, :] + 10_000 * rank
@@ -44,7 +46,7 @@ def test_there_and_back(kv_heads):
     def rank(transport):
         q, kv = tagged(transport.rank, heads), tagged(transport.rank, kv_heads)
         q_heads, kv_part = to_heads(transport, (q, kv), shares, order)
-        whole = torch.cat([tagged(r, heads) for r in range(size)], dim=1)[:, order]
+        whole = torch.cat([tagged(r, heads) for r in range(size)], dim=1)[:, there]
         assert torch.equal(q_heads, whole[:, :, list(split.q(transport.rank))])
         q_back, kv_back = to_tokens(transport, (q_heads, kv_part), shares, order)
         assert torch.equal(q_back, q)

@@ -26,10 +26,11 @@ def test_the_order_takes_the_members_shards_to_the_strips(name, width, teams, to
     layout, total = Layout(name, 4, width), 4 * tokens
     for members in teams.members:
         shards = torch.cat([layout.positions(rank, total) for rank in members])
-        order = team_order(layout, members, total)
+        order = team_order(layout, members, total, torch.device("cpu"))
         strips = team_shard(layout, members, total)
         positions = [torch.arange(s.start, s.last + 1, s.stride) for strip in strips for s in strip]
-        assert torch.equal(torch.cat(positions), shards if order is None else shards[order])
+        assert torch.equal(torch.cat(positions), shards if order is None else shards[order.there])
+        assert order is None or torch.equal(order.there[order.back], torch.arange(len(shards)))
         for strip in strips:
             assert all(a.last < b.start for a, b in pairwise(strip))
 
