@@ -1,7 +1,7 @@
 """How rounding error grows with the number of context-parallel ranks, for every schedule: figure, table, JSON.
 
     python benchmarks/error_vs_cp.py               # bfloat16, cp 1 to 64; exit status 1 if a schedule is not flat
-    python benchmarks/error_vs_cp.py --dtype float32
+    python benchmarks/error_vs_cp.py --dtype float32   # a table only: nothing but sums rounds there, and they grow
 
 Causal attention, striped layout, simulated ranks (`parallel/loopback.py`). The error of out, dq, dk and dv is
 ||ours - truth|| / ||truth||, the truth being dense attention in float64 from the same rounded inputs. Kernels:
@@ -13,7 +13,7 @@ aten        bfloat16 only, for comparison: ATen's flash attention, which `torch`
             the other in bfloat16. So its error depends on how many blocks a call has (of 32 rows, from 192 rows on of
             64, from 768 on of 256), which changes with cp and not in one direction.
 
-Asserted for every schedule with `torch` and `reference`: from cp=2 to 64 the largest error is at most 1.1 times the
+Asserted in bfloat16 for every schedule with `torch` and `reference`: from cp=2 to 64 the largest error is at most 1.1 times the
 smallest.
 """
 
@@ -84,13 +84,12 @@ def main() -> None:
                 rows.append({"kernel": kernel, "schedule": name, "cp": cp, **found})
                 print(f"{kernel:10} {name:21} {cp:3} " + " ".join(f"{found[n]:9.2e}" for n in PARTS), flush=True)
     found = spread(rows)
-    print("\n" + verdicts(found))
+    print("\n" + verdicts(found, asserted=options.dtype == "bfloat16"))
     problem = {"tokens": options.tokens, "heads": [HEADS, KV_HEADS], "head_dim": HEAD_DIM, "dtype": options.dtype}
     problem |= {"mask": "causal", "layout": "striped"}
     write_report(options.out, {"environment": machine, "problem": problem, "rows": rows, "flatness": found})
     draw(rows, problem, options.out.with_suffix(".png"))
     print(f"written to {options.out} and {options.out.with_suffix('.png')}")
-    # float32 has no roundings other than the sums whose number grows with cp: its errors may grow.
     sys.exit(options.dtype == "bfloat16" and not all(each["flat"] for each in found if each["kernel"] in ASSERTED))
 
 
@@ -147,11 +146,11 @@ def spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def verdicts(found: list[dict[str, Any]]) -> str:
+def verdicts(found: list[dict[str, Any]], *, asserted: bool) -> str:
     """Say how flat each kernel and schedule is."""
     lines = [f"{'largest / smallest from cp=2 on':36} " + " ".join(f"{part:>9}" for part in PARTS)]
     for each in found:
-        failed = "FAILED: " if each["kernel"] in ASSERTED and not each["flat"] else ""
+        failed = "FAILED: " if asserted and each["kernel"] in ASSERTED and not each["flat"] else ""
         lines.append(
             f"{each['kernel']:10} {each['schedule']:25} "
             + " ".join(f"{each[part]:9.3f}" for part in PARTS)
