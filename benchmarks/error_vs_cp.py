@@ -13,8 +13,8 @@ aten        bfloat16 only, for comparison: ATen's flash attention, which `torch`
             the other in bfloat16. So its error depends on how many blocks a call has (of 32 rows, from 192 rows on of
             64, from 768 on of 256), which changes with cp and not in one direction.
 
-Asserted in bfloat16 for every schedule with `torch` and `reference`: from cp=2 to 64 the largest error is at most 1.1 times the
-smallest.
+Asserted in bfloat16 for every schedule with `torch` and `reference`: from cp=2 to 64 the largest error is at most 1.1
+times the smallest.
 """
 
 import argparse
