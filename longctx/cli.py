@@ -100,6 +100,22 @@ Exit status: 0 all passed, 1 something failed, 2 the configuration cannot run.
 """
 
 
+PLAN_HELP = """\
+usage: longctx plan [--per-machine N] [key=value ...]
+
+Print who computes and sends what for the first sequence of a run, without running it: pairs per rank and hop, balance,
+tiles, hops that are needed, bytes per layer; with attention=auto also why. Takes the arguments of `longctx train`
+(see `longctx train --help`). Ranks are imagined: parallel.cp of them, or 4.
+
+  --per-machine N                            ranks per machine (default: half of them)
+
+examples:
+  longctx plan parallel.cp=8 data.seq_len=131072
+  longctx plan attention=auto parallel.cp=64 --per-machine 8 data.seq_len=1048576 model=llama3_8b
+  longctx plan attention=window attention.window=4096 parallel.cp=16 data.seq_len=262144
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """Describe a command: its module has `main(argv: list[str] | None) -> int`."""
@@ -111,6 +127,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command(module="longctx.train", summary="train a model, or continue a run", help=TRAIN_HELP),
+    "plan": Command(module="longctx.plan_command", summary="who computes and sends what, counted", help=PLAN_HELP),
     "verify": Command(
         module="longctx.verify", summary="prove a configuration at small size, in a table", help=VERIFY_HELP
     ),

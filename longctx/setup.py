@@ -120,6 +120,30 @@ def choose_attention(
     )
 
 
+def with_vocabulary(config: Config) -> ModelConfig:
+    """Return the model with the tokenizer's vocabulary size, where config leaves it open."""
+    vocab_size = build_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token).vocab_size
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+    assert model.vocab_size is not None
+    if config.data.source != "bin" and model.vocab_size < vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocab_size}; set it to null"
+        )
+    return model
+
+
+def open_stream(config: Config, model: ModelConfig, prefix: Path, *, split: str) -> PackedStream:
+    """Return the sequences of a prepared corpus."""
+    return PackedStream(
+        TokenStore(prefix),
+        seq_len=config.data.seq_len,
+        seed=config.data.seed,
+        held_out=config.data.held_out,
+        split=split,
+        vocab_size=model.vocab_size,
+    )
+
+
 def setup(
     config: Config,
     *,
@@ -131,27 +155,12 @@ def setup(
 ) -> Run:
     """Prepare the corpus (rank 0) and build streams, attention and engine (collective)."""
     store_at = ranks.from_first(lambda: prepare(config.data, report=say))
-    vocab_size = build_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token).vocab_size
-    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
-    assert model.vocab_size is not None
-    if config.data.source != "bin" and model.vocab_size < vocab_size:
-        raise ValueError(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocab_size}; set it to null"
-        )
-
-    def stream(split: str) -> PackedStream:
-        return PackedStream(
-            TokenStore(store_at.prefix),
-            seq_len=config.data.seq_len,
-            seed=config.data.seed,
-            held_out=config.data.held_out,
-            split=split,
-            vocab_size=model.vocab_size,
-        )
-
-    training = ranks.all_succeed(lambda: stream("train"))
+    model = with_vocabulary(config)
+    training = ranks.all_succeed(lambda: open_stream(config, model, store_at.prefix, split="train"))
     evaluates = config.train.eval_samples > 0 and config.data.held_out > 0
-    held_out = ranks.all_succeed(lambda: stream("held_out")) if evaluates else None
+    held_out = (
+        ranks.all_succeed(lambda: open_stream(config, model, store_at.prefix, split="held_out")) if evaluates else None
+    )
     if "auto" in (config.attention.layout, config.attention.schedule):
         choice = ranks.from_first(
             lambda: choose_attention(config, training, degrees=degrees, per_machine=per_machine, device=device)

@@ -20,12 +20,12 @@ from longctx.parallel.mesh import (
     build_mesh,
     init_distributed,
     read_launch,
-    resolve_degrees,
 )
 from longctx.parallel.ranks import Ranks
 from longctx.parallel.transport import ProcessGroupTransport
 from longctx.planner import choose, label
 from longctx.setup import check_kernel, check_world, layer_shape, speeds
+from longctx.simulated import simulated_degrees
 from longctx.verification.bench import Bench, RealRanks, SimulatedRanks
 from longctx.verification.check_attention import check_dtype, check_exact
 from longctx.verification.check_data import check_data
@@ -39,7 +39,6 @@ from longctx.verification.small import Small, shrink, typical_documents
 
 PATIENCE = timedelta(minutes=5)
 NO_MESSAGE = "no message came"
-SIMULATED = (4, 2, 3)  # cp where the config leaves it open: the first that fits
 Group = tuple[str, Callable[[], list[Finding]]]
 
 
@@ -91,7 +90,7 @@ def check_groups(small: Small, bench: Bench) -> list[Group]:
 
 
 def _on_simulated_ranks(config: Config, tokens: int | None) -> int:
-    degrees, per_machine = _simulated_degrees(config)
+    degrees, per_machine = simulated_degrees(config)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     check_kernel(config, device_type=device.type)
     table = Table(sys.stdout)
@@ -174,25 +173,6 @@ def _attempt(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
         return check()
     except Exception as error:
         return [raised(name, error)]
-
-
-def _simulated_degrees(config: Config) -> tuple[Degrees, int]:
-    """Return the mesh of a world that is as large as the config asks for, and how many ranks share a machine."""
-    parallel, attention = config.parallel, config.attention
-    problem: ValueError | None = None
-    for cp in [parallel.cp] if parallel.cp else SIMULATED if attention.distributed else (1,):
-        per_machine = cp // 2 if cp % 2 == 0 and cp > 2 else cp  # two machines, for schedules that care
-        world = (parallel.dp_replicate or 1) * parallel.dp_shard * cp
-        try:
-            degrees = resolve_degrees(parallel, world_size=world, distributed_schedule=attention.distributed)
-            if parallel.cp is None and attention.distributed:
-                degrees = Degrees(degrees.dp_replicate, degrees.dp_shard, cp)
-            check_world(config, world_size=world, per_machine=per_machine)
-            return degrees, per_machine
-        except ValueError as error:
-            problem = problem or error
-    assert problem is not None
-    raise problem
 
 
 def _without_auto(

@@ -30,7 +30,7 @@ def test_an_unknown_command_lists_the_known(capsys):
     assert cli.main(["trian", "attention=ring"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "longctx: unknown command 'trian'; the commands are: train, verify\n"
+    assert captured.err == "longctx: unknown command 'trian'; the commands are: train, plan, verify\n"
 
 
 @pytest.mark.parametrize("argv", [["train", "--help"], ["train", "attention=ring", "-h"]])

@@ -1,0 +1,112 @@
+"""`longctx plan`: who computes and sends what, counted from integers before anything runs."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from longctx.attention_config import AttentionConfig
+from longctx.cli import PLAN_HELP
+from longctx.config import Config, load_config
+from longctx.data.prepare import prepare
+from longctx.kernels.mask import HeadMasks, Mask
+from longctx.parallel.balance import balance_of, describe
+from longctx.parallel.cost import traffic
+from longctx.parallel.mesh import Degrees
+from longctx.parallel.plan import Plan, plan
+from longctx.parallel.schedule import Shape
+from longctx.setup import choose_attention, heads, layer_shape, open_stream, with_vocabulary
+from longctx.simulated import simulated_degrees
+
+MANY_RANKS, MANY_HOPS = 16, 8  # what a table shows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan of a run's first sequence; return 0, or 2 if the configuration is wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        print(PLAN_HELP, end="")
+        return 0
+    try:
+        overrides, per_machine = _per_machine(arguments)
+        config = load_config(overrides)
+        degrees, per_machine = simulated_degrees(config, per_machine=per_machine)
+        show(config, degrees=degrees, per_machine=per_machine)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def show(config: Config, *, degrees: Degrees, per_machine: int) -> None:
+    """Print the plan line and the table of ranks."""
+    store = prepare(config.data, report=print)
+    stream = open_stream(config, with_vocabulary(config), store.prefix, split="train")
+    if "auto" in (config.attention.layout, config.attention.schedule):
+        choice = choose_attention(config, stream, degrees=degrees, per_machine=per_machine, device=torch.device("cpu"))
+        print(choice.explain())
+        config = dataclasses.replace(config, attention=choice.config)
+    mask, shape, total = config.attention.mask(stream.sample(0).cu_seqlens), layer_shape(config), config.data.seq_len
+    plans = _plans(config.attention, config, mask, degrees=degrees, per_machine=per_machine, total=total)
+    first = plans[0]
+    print(f"plan: {describe(first.layout, [mask], first.schedule, total=total, shape=shape)}")
+    print("\n".join(table(plans, shape)))
+
+
+def table(plans: Sequence[Plan], shape: Shape) -> list[str]:
+    """Return each rank's work as a share of the mean, in all and by hop, and what it sends per layer and row.
+
+    `of hop h`: this rank's pairs at that hop over the mean of all ranks' pairs per hop: where ranks of a column differ,
+    the others wait for the largest.
+    """
+    work = balance_of(plans).pairs
+    mean = sum(map(sum, work)) / len(work) or 1.0
+    hops = len(work[0])
+    shown = min(hops, MANY_HOPS)
+    header = "rank     work" + "".join(f"{f'hop {hop}':>8}" for hop in range(shown))
+    lines = [header + ("   ..." if hops > shown else "") + "   MB sent forward   backward"]
+    for each, pairs in list(zip(plans, work, strict=True))[:MANY_RANKS]:
+        forward, backward = traffic(each, shape)
+        row = "".join(f"{count * hops / mean:8.2f}" for count in pairs[:shown])
+        sent = f"{forward.bytes / 1e6:18.2f} {backward.bytes / 1e6:10.2f}"
+        lines.append(f"{each.rank:4d} {sum(pairs) / mean:8.2f}{row}{'   ...' if hops > shown else ''}{sent}")
+    if len(plans) > MANY_RANKS:
+        lines.append(f"... and {len(plans) - MANY_RANKS} more ranks")
+    lines.append("work: visible pairs over the mean of all ranks; hop h: over the mean of all ranks and hops")
+    return lines
+
+
+def _plans(
+    attention: AttentionConfig,
+    config: Config,
+    mask: Mask | HeadMasks,
+    *,
+    degrees: Degrees,
+    per_machine: int,
+    total: int,
+) -> list[Plan]:
+    schedule = attention.make_schedule(degrees.cp, **heads(config), per_machine=per_machine)
+    layout = attention.make_layout(degrees.cp)
+    return [plan.__wrapped__(layout, (mask,), schedule, rank=rank, total=total) for rank in range(degrees.cp)]
+
+
+def _per_machine(arguments: Sequence[str]) -> tuple[list[str], int | None]:
+    """Split off `--per-machine N` (or `--per-machine=N`); what remains are hydra overrides."""
+    overrides: list[str] = []
+    number: int | None = None
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != "--per-machine":
+            overrides.append(argument)
+            continue
+        text = value if equals else next(rest, "")
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(f"--per-machine needs a number of ranks; given {text!r}")
+        number = int(text)
+    return overrides, number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

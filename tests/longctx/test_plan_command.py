@@ -1,0 +1,53 @@
+"""`longctx plan`: the table of ranks and hops, for real documents, without any process group."""
+
+import pytest
+import torch
+
+from longctx.kernels.mask import causal, per_head, sliding_window
+from longctx.parallel.layout import Layout
+from longctx.parallel.plan import plan
+from longctx.parallel.schedule import Shape
+from longctx.parallel.schedules.ring import Ring, Ulysses
+from longctx.plan_command import main, table
+from tests.support.training import write_corpus
+
+SHAPE = Shape(heads=4, kv_heads=2, head_dim=8, v_head_dim=8, dtype=torch.float32)
+
+
+def rows(layout, mask, schedule, *, cp=4, n=8):
+    plans = [plan(Layout(layout, cp), (mask,), schedule, rank=rank, total=cp * n) for rank in range(cp)]
+    return [line.split() for line in table(plans, SHAPE)[1 : cp + 1]]
+
+
+def test_work_and_hops_are_shares_of_the_mean():
+    """Contiguous causal, n = 8: a rank has 36 own pairs and 64 at each hop after as many as there are before it."""
+    mean = (4 * 36 + 6 * 64) / 4
+    for rank, row in enumerate(rows("contiguous", causal(), Ring())):
+        work = [36] + [64 if hop <= rank else 0 for hop in range(1, 4)]
+        assert [float(cell) for cell in row[1:6]] == pytest.approx(
+            [sum(work) / mean, *(4 * w / mean for w in work)], abs=6e-3
+        )
+    for row in rows("zigzag", causal(), Ring()):
+        assert float(row[1]) == 1.0
+
+
+def test_heads_of_their_own_are_shared_unevenly_by_ulysses():
+    heads = per_head([causal(), sliding_window(1), sliding_window(1), causal()])
+    work = [float(row[1]) for row in rows("striped", heads, Ulysses())]
+    assert work[0] == work[3] > 1 > work[1] == work[2]
+
+
+def test_the_command(tmp_path, capsys):
+    data = ["data=txt", f"data.path={write_corpus(tmp_path / 'text')}", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert main([*data, "data.seq_len=512", "parallel.cp=8", "attention=zigzag", "--per-machine", "4"]) == 0
+    told = capsys.readouterr().out
+    assert "plan: zigzag x ring, cp=8, 512 tokens" in told and told.count("\n   ") >= 8 and "hop 7" in told
+    assert main([*data, "data.seq_len=512", "attention=auto", "parallel.cp=4"]) == 0
+    assert "auto:" in capsys.readouterr().out
+    for wrong, words in (
+        (["data.seq_len=510", "parallel.cp=4"], "data.seq_len=510 cannot be divided by parallel.cp=4"),
+        (["--per-machine", "x"], "--per-machine needs a number of ranks; given 'x'"),
+        (["attention=spiral"], "spiral"),
+    ):
+        assert main([*data, *wrong]) == 2
+        assert words in capsys.readouterr().err
