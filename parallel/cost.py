@@ -10,6 +10,8 @@ from longctx.parallel.schedule import Sent, Shape
 def traffic(plan: Plan, shape: Shape, *, batch: int = 1) -> tuple[Sent, Sent]:
     """Return what the plan's rank sends in the forward and the backward pass of one layer, to the byte.
 
+    That of `with_lse` is not counted: teams send lse back to its tokens too.
+
     Args:
         shape: the heads of the whole layer.
         batch: rows of the micro-batch.
