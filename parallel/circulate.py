@@ -82,7 +82,8 @@ def circulate(
         posted = [entry for entry in posted if entry[0] > time]
         for lane in (NEAR, FAR):
             coming = [(m, _Part(m.span, _empty(shard, m.span, device))) for m in step.received[lane]]
-            leaving = [(m, here[m.source].cut(m.span)) for m in step.sent[lane]]
+            # Arrived: an exchange is waited for when the last of its shards is due; an earlier one may go on now.
+            leaving = [(m, here[m.source].arrived().cut(m.span)) for m in step.sent[lane]]
             post(leaving, coming, lane=lane, done=max((m.due for m, _ in (*leaving, *coming)), default=0))
             here.update({message.source: part for message, part in coming})
         mine: list[_Part] = []

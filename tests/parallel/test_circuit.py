@@ -1,16 +1,22 @@
 """Circuits: every shard passes everyone who wants it, sums come home complete, nothing else is sent."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longctx.kernels.mask import causal, documents
 from longctx.parallel import circuit
 from longctx.parallel.circulate import circulate
+from longctx.parallel.layout import Layout
 from longctx.parallel.loopback import run_ranks
+from longctx.parallel.needs import needs_of
+from longctx.parallel.teams import single_ranks
 
 TOKENS = 5
-SIZES = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (6, 2), (6, 3), (6, 6)]
+SIZES = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (4, 1), (6, 2), (6, 3), (6, 6), (8, 2), (9, 3)]
 
 
 @pytest.mark.parametrize(("size", "inner"), SIZES)
@@ -31,13 +37,31 @@ def tables(draw):
     return size, inner, tuple(tuple(draw(span) for _ in range(size)) for _ in range(size))
 
 
-@settings(deadline=None, max_examples=150)
+def poisoned(*args, **kwargs) -> torch.Tensor:
+    return torch.full(*args, float("nan"), **kwargs)
+
+
+@settings(deadline=None, max_examples=500)
 @given(tables())
 def test_shards_reach_who_wants_them_and_sums_come_home(case):
-    size, inner, wanted = case
+    """Buffers hold NaN until their exchange was waited for, so what is used or sent on too early shows."""
+    with patch("longctx.parallel.circulate.torch.empty", poisoned):
+        check_circuit(*case)
+
+
+def test_a_shard_that_came_with_a_later_one_has_arrived_before_it_goes_on():
+    """On three inner rings one exchange may be about shards that are due at different times."""
+    layout = Layout("zigzag", 6)
+    mask = causal() & documents((0, 13, 21, 64, 72))
+    needs = needs_of(layout, [mask], single_ranks(6), total=72)
+    with patch("longctx.parallel.circulate.torch.empty", poisoned):
+        check_circuit(6, 2, needs.keys, tokens=12)
+
+
+def check_circuit(size, inner, wanted, *, tokens=TOKENS):
 
     def rank(transport):
-        shard = torch.arange(TOKENS * 1.0)[None, :, None] + 100 * transport.rank
+        shard = torch.arange(tokens * 1.0)[None, :, None] + 100 * transport.rank
         visits = []
 
         def visit(source, tensors):
@@ -57,7 +81,7 @@ def test_shards_reach_who_wants_them_and_sums_come_home(case):
         hops, bytes_to = circuit.sent(here, wanted, inner, payload=4, sums=4)
         assert (traffic.hops, traffic.bytes_to) == (hops, bytes_to)
     for owner, (_, sums, _) in enumerate(results):
-        expected = torch.zeros(TOKENS)
+        expected = torch.zeros(tokens)
         for other in range(size):
             if wanted[other][owner] is not None:
                 begin, end = wanted[other][owner]
