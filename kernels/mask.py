@@ -5,6 +5,7 @@ A mask is a disjoint union of bands on `k - q`, each possibly for the first toke
 What no band can express is a predicate, evaluated pair by pair.
 """
 
+import operator
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -246,9 +247,9 @@ def sliding_window(left: int | None, right: int | None = 0, *, sinks: int = 0) -
         sinks: the first so many tokens of each document are seen from any distance (StreamingLLM, arXiv:2309.17453): by
             what comes after them if `right` is 0, by all queries of the document otherwise.
     """
-    for name, value in (("left", left), ("right", right), ("sinks", sinks)):
-        if value is not None and value < 0:
-            raise ValueError(f"sliding_window {name} must be >= 0{' or None' * (name != 'sinks')}; given {value}")
+    left = None if left is None else _whole("sliding_window left", left)
+    right = None if right is None else _whole("sliding_window right", right)
+    sinks = _whole("sliding_window sinks", sinks)
     parts = [Part(least=None if left is None else -left, most=right)]
     if left is not None:
         parts.append(Part(most=-left - 1, first=sinks))
@@ -265,21 +266,20 @@ def prefix_lm(prefix: int | Sequence[int], cu_seqlens: Sequence[int] | None = No
             one length per document of `cu_seqlens`.
         cu_seqlens: document bounds from 0 to the number of tokens.
     """
-    if isinstance(prefix, int) and prefix < 0:
-        raise ValueError(f"prefix_lm prefix must be >= 0; given {prefix}")
-    bounds = None if cu_seqlens is None else tuple(cu_seqlens)
-    first = prefix if isinstance(prefix, int) else tuple(prefix)
+    bounds = None if cu_seqlens is None else _wholes("cu_seqlens", cu_seqlens)
+    several = isinstance(prefix, Sequence | Tensor) or hasattr(prefix, "__len__")
+    first = _wholes("prefix_lm prefix", prefix) if several else _whole("prefix_lm prefix", prefix)
     return Mask((Part(most=0), Part(least=1, first=first)), bounds)
 
 
 def chunked(size: int) -> Mask:
     """Let a query see its own chunk of `size` tokens only, chunks being counted from the document's start."""
-    return Mask(chunks=(size,))
+    return Mask(chunks=(_whole("chunked size", size),))
 
 
 def documents(cu_seqlens: Sequence[int]) -> Mask:
     """Let a query see its own document only; `cu_seqlens` goes from 0 to the number of tokens."""
-    return Mask(cu_seqlens=tuple(cu_seqlens))
+    return Mask(cu_seqlens=_wholes("cu_seqlens", cu_seqlens))
 
 
 def predicate(function: Predicate) -> Mask:
@@ -295,6 +295,22 @@ def predicate(function: Predicate) -> Mask:
 def per_head(masks: Sequence[Mask]) -> HeadMasks:
     """Give each query head a mask of its own."""
     return HeadMasks(tuple(masks))
+
+
+def _whole(name: str, value: object) -> int:
+    """Return an integer >= 0 of any integer type: 0-dim tensors would make equal masks differ."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"{name} must be an integer >= 0; given {value!r}")
+    return number
+
+
+def _wholes(name: str, values: object) -> tuple[int, ...]:
+    listed = values.tolist() if isinstance(values, Tensor) else values
+    return tuple(_whole(name, value) for value in listed)  # type: ignore[attr-defined]
 
 
 def _finer(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> tuple[int, ...] | None:

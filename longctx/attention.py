@@ -216,6 +216,11 @@ def context_parallel_attention(
     if isinstance(schedule, str):
         schedule = resolve_schedule(schedule, cp=transport.size, heads=q.shape[2])
     masks = [causal()] if mask is None else [mask] if isinstance(mask, Mask | HeadMasks) else list(mask)
+    if not all(isinstance(each, Mask | HeadMasks) for each in masks):
+        raise ValueError(
+            f"mask must be a mask of longctx.kernels.mask, or one per row; given {type(mask).__name__}. "
+            "A dense one is predicate(lambda q, k: dense[q, k])"
+        )
     attention = ContextParallelAttention(layout=layout, schedule=schedule, transport=transport, kernel=kernel)
     attend = attention.with_lse if return_lse else attention
     return attend(

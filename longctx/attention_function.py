@@ -1,7 +1,8 @@
 """The composition as one autograd function: what a rank does between q, k, v and out, and back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -63,10 +64,22 @@ class Call:
         return team_order(self.plan.layout, teams.members[teams.place(rank)[0]], self.plan.total, device)
 
 
+def _in_the_dtypes_given(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run without autocast, which would round partial results to 16 bits inside kernels that keep them in float32."""
+
+    @wraps(function)
+    def run(ctx: Any, x: Tensor, *others: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(ctx, x, *others)
+
+    return run
+
+
 class Attention(torch.autograd.Function):
     """`(q, k, v, sink_logits | None, Call) -> (out, lse)`; lse is empty where it is not wanted."""
 
     @staticmethod
+    @_in_the_dtypes_given
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor]:
@@ -107,7 +120,8 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    @_in_the_dtypes_given
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         call: Call = ctx.call
         q, k, v, out, lse, sink = ctx.saved_tensors
         q_share, kv_share = call.shares
@@ -139,7 +153,8 @@ def _rotate_keys(call: Call, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tensor, 
     def attend(source: int, kv_heads: KvHeads, k_part: Tensor, v_part: Tensor) -> tuple[Tensor, Tensor]:
         dk = torch.zeros(k_part.shape, dtype=wide, device=k_part.device)
         dv = torch.zeros(v_part.shape, dtype=wide, device=v_part.device)
-        _backward(call, call.plan.hop_of(source), kv_heads, group, rows, k_part, v_part, dq, dk, dv)
+        hop = call.plan.hop_of(source)
+        _backward(call, hop, kv_heads=kv_heads, group=group, rows=rows, k=k_part, v=v_part, dq=dq, dk=dk, dv=dv)
         return dk, dv
 
     dk, dv = call.schedule.backward(call.ring, call.plan.needs, k, v, attend=attend)
@@ -155,7 +170,8 @@ def _rotate_queries(call: Call, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tenso
 
     def attend(source: int, part: Rows) -> Tensor:
         dq = torch.zeros(part.q.shape, dtype=wide, device=k.device)
-        _backward(call, hops[source], (0, k.shape[2]), group, part, k, v, dq, dk, dv)
+        heads = (0, k.shape[2])
+        _backward(call, hops[source], kv_heads=heads, group=group, rows=part, k=k, v=v, dq=dq, dk=dk, dv=dv)
         return dq
 
     dq = call.schedule.backward_queries(call.ring, call.plan.needs, rows, attend=attend, wide=wide)
@@ -165,6 +181,7 @@ def _rotate_queries(call: Call, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tenso
 def _backward(
     call: Call,
     hop: Hop,
+    *,
     kv_heads: KvHeads,
     group: int,
     rows: Rows,

@@ -162,14 +162,14 @@ def test_the_kept_hash_does_not_travel_to_another_process():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sliding_window(-1), "sliding_window left must be >= 0 or None; given -1"),
-        (lambda: sliding_window(1, -2), "sliding_window right must be >= 0 or None; given -2"),
-        (lambda: sliding_window(1, sinks=-3), "sliding_window sinks must be >= 0; given -3"),
-        (lambda: prefix_lm(-1), "prefix_lm prefix must be >= 0; given -1"),
+        (lambda: sliding_window(-1), "sliding_window left must be an integer >= 0; given -1"),
+        (lambda: sliding_window(1, -2), "sliding_window right must be an integer >= 0; given -2"),
+        (lambda: sliding_window(1, sinks=-3), "sliding_window sinks must be an integer >= 0; given -3"),
+        (lambda: prefix_lm(-1), "prefix_lm prefix must be an integer >= 0; given -1"),
         (lambda: prefix_lm((1, 2)), "needs the documents: give cu_seqlens"),
         (lambda: prefix_lm((1, 2), (0, 12)), "need one prefix per document: 1; given 2"),
         (lambda: prefix_lm((1, 9), (0, 4, 12)), "prefix of document 1 must be 0 to its 8 tokens; given 9"),
-        (lambda: prefix_lm((-1, 9), (0, 4, 12)), "must be >= 0"),
+        (lambda: prefix_lm((-1, 9), (0, 4, 12)), "must be an integer >= 0"),
         (lambda: chunked(0), "at least 1 token; given 0"),
         (lambda: documents((0, 5, 5, 12)), "strictly upwards"),
         (lambda: documents(()), "strictly upwards"),
@@ -196,7 +196,7 @@ def test_a_mask_of_many_documents_is_hashed_once():
             Counted.hashed += 1
             return int.__hash__(self)
 
-    mask = causal() & documents(tuple(Counted(i) for i in range(1000)))
+    mask = causal() & Mask(cu_seqlens=tuple(Counted(i) for i in range(1000)))
     for _ in range(5):
         hash(mask)
     assert Counted.hashed == 1000

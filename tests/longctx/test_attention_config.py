@@ -164,6 +164,29 @@ def test_library_entry_on_one_process():
     assert_equal([out], dense(problem, masks)[:1], 1e-12)
 
 
+@pytest.mark.parametrize("kernel", ["torch", "reference"])
+def test_autocast_changes_nothing(kernel):
+    """Inside, partial results keep the accumulators' dtype whatever the caller's autocast says."""
+    problem = make_problem(16, (4, 2)).to(torch.float32)
+
+    def grads(dtype, softcap):
+        q, k, v = (x.to(dtype).requires_grad_() for x in (problem.q, problem.k, problem.v))
+        out = context_parallel_attention(q, k, v, kernel=kernel, softcap=softcap)
+        return [out, *torch.autograd.grad(out, (q, k, v), problem.dout.to(dtype))]
+
+    for dtype, softcap in ((torch.float32, None), (torch.float32, 2.0), (torch.bfloat16, None)):
+        plain = grads(dtype, softcap)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(torch.equal(a, b) for a, b in zip(grads(dtype, softcap), plain, strict=True))
+
+
+def test_masks_of_any_integers_are_equal_and_other_masks_are_refused():
+    assert documents(torch.tensor([0, 3, 8])) == documents((0, 3, 8)) == documents([0, torch.tensor(3), 8])
+    q = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="mask must be a mask of longctx.kernels.mask, or one per row; given Tensor"):
+        context_parallel_attention(q, q, q, mask=torch.ones(4, 4, dtype=torch.bool))
+
+
 def test_bad_calls_are_refused():
     attention = ContextParallelAttention(layout=Layout("striped", 1), schedule=Ring(), transport=_alone())
     plan = attention.plan([causal()], total=8)

@@ -8,6 +8,7 @@ import torch
 from longctx.kernels.mask import causal, documents
 from longctx.parallel.layout import Layout
 from longctx.parallel.loopback import run_ranks
+from longctx.parallel.schedules.ring import DoubleRing
 from longctx.parallel.transport import ProcessGroupTransport
 from tests.support.attention import (
     HEADS,
@@ -123,6 +124,22 @@ def test_local_schedule(mask):
     layout = Layout("contiguous", 1)
     ranks = run_ranks(1, lambda t: sharded(t, layout, problem, masks, schedule="local", kernel="auto"))
     assert_equal(together(layout, ranks), dense(problem, masks), 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["double_ring", "double_burst"])
+@pytest.mark.parametrize("cp", [6, 8])
+def test_packed_documents_on_many_inner_rings(cp, kind):
+    """Three and four inner rings of two: shards skip rings, and arrive for different times with one exchange."""
+    way = DoubleRing(ranks_per_ring=2, backward_moves="rotate_kv" if kind == "double_ring" else "rotate_q")
+    generator = torch.Generator().manual_seed(cp)
+    total = cp * 6
+    problem = make_problem(total, (4, 2))
+    for draw in range(8):
+        inner = torch.randperm(total - 1, generator=generator)[: 2 + draw // 2] + 1
+        masks = [causal() & documents((0, *sorted(inner.tolist()), total))]
+        placed = place(tuple(LAYOUTS)[draw % 4], cp)
+        ranks = run_ranks(cp, lambda t: sharded(t, placed, problem, masks, schedule=way, kernel="torch", scores="sink"))  # noqa: B023
+        assert_equal(together(placed, ranks), dense(problem, masks, scores="sink"), 1e-10)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
