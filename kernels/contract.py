@@ -43,7 +43,7 @@ class Scores:
     """How a query and a key make a score: `s = softmax_scale q.k`, and with a softcap c then `c tanh(s / c)`.
 
     Attributes:
-        softmax_scale: finite; usually `head_dim ** -0.5`.
+        softmax_scale: > 0; usually `head_dim ** -0.5`.
         softcap: > 0; None = scores are not capped (Gemma 2, arXiv 2408.00118, caps at 50).
     """
 
@@ -51,8 +51,8 @@ class Scores:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.softmax_scale):
-            raise ValueError(f"softmax_scale must be a finite number; given {self.softmax_scale}")
+        if not 0 < self.softmax_scale < math.inf:  # ATen's causal kernels give NaN from 0 downwards
+            raise ValueError(f"softmax_scale must be a finite number > 0; given {self.softmax_scale}")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be a finite number > 0, or None for no cap; given {self.softcap}")
 

@@ -21,7 +21,7 @@ class Partial:
     """A normalised attention result over the keys seen so far.
 
     Attributes:
-        out: `[B, T, H, D]`, float32 (float64 for float64 inputs).
+        out: `[B, T, H, Dv]`, float32 (float64 for float64 inputs).
         lse: `[B, H, T]`, same dtype, natural log; -inf for a query that has seen no key.
     """
 
@@ -44,7 +44,7 @@ def empty_partial(q: Tensor, *, v_head_dim: int) -> Partial:
 
 
 def merge_into(partial: Partial, out: Tensor, lse: Tensor) -> None:
-    """Merge `out [B, T, H, D]` and `lse [B, H, T]` (any float dtype) into `partial`, in place."""
+    """Merge `out [B, T, H, Dv]` and `lse [B, H, T]` (any float dtype) into `partial`, in place."""
     lse = lse.to(partial.lse.dtype)
     total = torch.logaddexp(partial.lse, lse)
     # The newcomer's share of the softmax mass, in [0, 1]; 0 where neither side has seen a key.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from longctx.parallel.plan import Plan, plan
 from longctx.parallel.registry import resolve_schedule
 from longctx.parallel.schedule import Schedule, Shape
 from longctx.parallel.transport import Alone, ProcessGroupTransport, Transport
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +146,8 @@ class ContextParallelAttention:
     def _check(self, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, plan: Plan) -> None:
         if len({q.dtype, k.dtype, v.dtype}) != 1:
             raise ValueError(f"q, k, v must have one dtype; given {q.dtype}, {k.dtype}, {v.dtype}")
+        if q.dtype not in DTYPES:
+            raise ValueError(f"q, k, v must be float64, float32, bfloat16 or float16; given {q.dtype}")
         if (plan.layout, plan.schedule, plan.rank) != (self.layout, self.schedule, self.transport.rank):
             raise ValueError(
                 f"the plan is rank {plan.rank}'s for {plan.layout} and {plan.schedule}; this is rank "
@@ -154,8 +159,8 @@ class ContextParallelAttention:
                 f"q, k, v must be [B, T, H, D], [B, T, HK, D], [B, T, HK, Dv] with T = {plan.tokens} tokens, as "
                 f"planned; given {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
             )
-        if len(plan.masks) not in (1, q.shape[0]):
-            raise ValueError(f"need one mask or one per row; given {len(plan.masks)} for a batch of {q.shape[0]}")
+        if plan.rows not in (1, q.shape[0]):
+            raise ValueError(f"need one mask or one per row; given {plan.rows} for a batch of {q.shape[0]}")
         heads, kv_heads = q.shape[2], k.shape[2]
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(
@@ -187,7 +192,8 @@ def context_parallel_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute exact attention over sequences whose tokens are shared by the ranks of `group`: for any model.
 
-    All ranks of the group call it together, forward and backward, with the same masks and options.
+    All ranks of the group call it together, forward and backward, with the same masks, shapes and options. That they do
+    is not checked: where they differ, ranks wait for each other in vain, or compute with masks of their own.
 
     Args:
         q: `[B, T, H, D]` with T this rank's tokens, in the layout's order: `Layout.shard` cuts whole tensors, and
@@ -237,7 +243,11 @@ def context_parallel_attention(
 def _transport(group: dist.ProcessGroup | Transport | None) -> Transport:
     if group is None:
         return Alone()
-    return _of_group(group) if isinstance(group, dist.ProcessGroup) else group
+    if isinstance(group, dist.ProcessGroup):
+        return _of_group(group)
+    if not hasattr(group, "exchange"):
+        raise ValueError(f"group must be a torch.distributed process group or None; given {group!r}")
+    return group
 
 
 @lru_cache(maxsize=16)  # on nccl making one is a collective call

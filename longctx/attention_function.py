@@ -90,7 +90,7 @@ class Attention(torch.autograd.Function):
         partial = empty_partial(q, v_head_dim=v.shape[-1])
 
         def attend(source: int, kv_heads: KvHeads, k_part: Tensor, v_part: Tensor) -> None:
-            for work in _work(call.plan.hop_of(source), kv_heads, q.shape[2] // k.shape[2]):
+            for work in _work(call.plan.key_hops[source], kv_heads, q.shape[2] // k.shape[2]):
                 call.kernel.forward(
                     q[work.q],
                     k_part[work.kv],
@@ -134,7 +134,7 @@ class Attention(torch.autograd.Function):
         if sink is not None:
             # The sink has weight exp(sink - lse) in every row, and no value: ds = p (0 - delta).
             dsink = lse.new_zeros(call.split.heads)
-            weights = torch.exp(sink[:, None] - lse)
+            weights = torch.exp(sink[:, None] - lse).masked_fill_(torch.isneginf(lse), 0.0)
             dsink[call.own_heads] = -(weights * rows.delta.transpose(1, 2)).sum(dim=(0, 2))
             dsink = dsink.to(ctx.sink_dtype)
         # Sums over all hops are complete; only those of repeated KV heads are not.
@@ -153,7 +153,7 @@ def _rotate_keys(call: Call, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tensor, 
     def attend(source: int, kv_heads: KvHeads, k_part: Tensor, v_part: Tensor) -> tuple[Tensor, Tensor]:
         dk = torch.zeros(k_part.shape, dtype=wide, device=k_part.device)
         dv = torch.zeros(v_part.shape, dtype=wide, device=v_part.device)
-        hop = call.plan.hop_of(source)
+        hop = call.plan.key_hops[source]
         _backward(call, hop, kv_heads=kv_heads, group=group, rows=rows, k=k_part, v=v_part, dq=dq, dk=dk, dv=dv)
         return dk, dv
 
@@ -259,5 +259,6 @@ def _up(number: int, multiple: int) -> int:
 def _join_sink(partial: Partial, sink: Tensor) -> None:
     """Merge `(0, sink)` into every row: a key with score `sink [H]` and value 0."""
     total = torch.logaddexp(partial.lse, sink[:, None].expand_as(partial.lse))
-    partial.out.mul_(torch.exp(partial.lse - total).transpose(1, 2).unsqueeze(-1))
+    weight = torch.exp(partial.lse - total).masked_fill_(torch.isneginf(total), 0.0)  # nothing seen, and no sink
+    partial.out.mul_(weight.transpose(1, 2).unsqueeze(-1))
     partial.lse.copy_(total)

@@ -4,7 +4,7 @@
 |------------|----------------------------------------|----------------|-------------------------------------|
 | contiguous | [r n, (r+1) n)                         | 1 of stride 1  | cp / (2 cp - 1) of ideal            |
 | zigzag     | chunks r and 2 cp - 1 - r of 2 cp      | 2 of stride 1  | exact for one document              |
-| striped    | width 1: r, r + cp, r + 2 cp, ...      | 1 of stride cp | 1 - (cp-1)/(cp(n+1)); see plan.py   |
+| striped    | width 1: r, r + cp, r + 2 cp, ...      | 1 of stride cp | 1 - (cp-1) / (cp (n+1))   |
 |            | width w: w positions of every cp w     | n/w, stride 1  | less where documents are short      |
 
 Any total that is a multiple of cp works: an odd zigzag shard has its two chunks one token apart, and the last round of

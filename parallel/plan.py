@@ -61,7 +61,8 @@ class Plan:
     """All that one rank has to know about a micro-batch.
 
     Attributes:
-        masks: one for all rows of the batch, or one per row.
+        masks: one for all rows of the batch where they are alike, or one per row.
+        rows: how many masks were given: 1 = one for all rows of any batch.
         total: tokens of the whole sequence.
         needs: of all teams.
         hops: in the order in which shards arrive, those with nothing to compute included.
@@ -71,6 +72,7 @@ class Plan:
     schedule: Schedule
     rank: int
     total: int
+    rows: int
     masks: tuple[AnyMask, ...]
     needs: Needs
     hops: tuple[Hop, ...]
@@ -85,9 +87,10 @@ class Plan:
         """Return the schedule's teams."""
         return self.schedule.teams(self.layout.cp)
 
-    def hop_of(self, source: int) -> Hop:
-        """Return the hop at which `source`'s keys are here."""
-        return next(hop for hop in self.hops if hop.source == source)
+    @cached_property
+    def key_hops(self) -> dict[int, Hop]:
+        """Return the hops by source: the work when K/V travel and queries stay."""
+        return {hop.source: hop for hop in self.hops}
 
     @cached_property
     def query_hops(self) -> dict[int, Hop]:
@@ -115,14 +118,15 @@ def plan(layout: Layout, masks: tuple[AnyMask, ...], schedule: Schedule, *, rank
     """
     layout.check_total(total)
     teams = schedule.teams(layout.cp)
-    if len(masks) > 1 and all(mask == masks[0] for mask in masks):
+    rows = len(masks)
+    if all(mask == masks[0] for mask in masks):
         masks = masks[:1]
     needs = needs_of(layout, masks, teams, total=total)
-    empty = Plan(layout, schedule, rank, total, masks, needs, ())
+    empty = Plan(layout, schedule, rank, total, rows, masks, needs, ())
     team = teams.place(rank)[0]
     order = schedule.order(team, teams.count)
     hops = tuple(_hop(empty, source, needs.keys[team][source], queries_travel=False) for source in order)
-    return Plan(layout, schedule, rank, total, masks, needs, hops)
+    return Plan(layout, schedule, rank, total, rows, masks, needs, hops)
 
 
 def _hop(plan: Plan, source: int, needed: Span | None, *, queries_travel: bool) -> Hop:

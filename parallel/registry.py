@@ -78,7 +78,7 @@ def resolve_schedule(
     backward: BackwardName = options.backward or "auto"  # type: ignore[assignment]
     innermost: InnermostName = options.innermost or "ulysses"  # type: ignore[assignment]
     if name == "all_gather":
-        return AllGather(heads_per_gather=options.gather_heads or 1)
+        return AllGather(gather_heads=options.gather_heads or 1)
     if name == "double_ring":
         return DoubleRing(backward_moves=backward, ranks_per_ring=options.inner or _common(cp, per_machine))
     if name == "ulysses":

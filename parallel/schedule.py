@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from longctx.kernels.merge import accumulator_dtype
 from longctx.parallel.needs import Needs
 from longctx.parallel.teams import Teams
 from longctx.parallel.transport import Transport
@@ -17,7 +18,7 @@ AttendBackward = Callable[[int, KvHeads, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Rows(NamedTuple):
-    """What a backward pass needs of queries: `q, dout [B, T, H, D]`, `lse, delta [B, T, H]`."""
+    """What a backward pass needs of queries: `q [B, T, H, D]`, `dout [B, T, H, Dv]`, `lse, delta [B, T, H]`."""
 
     q: Tensor
     dout: Tensor
@@ -41,7 +42,7 @@ class Shape:
     @property
     def wide(self) -> torch.dtype:
         """Return the dtype of gradients on their way."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return accumulator_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,6 @@ class Schedule(Hashable, Protocol):
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def distributed(self) -> bool:
-        """Tell whether it can share a sequence between ranks."""
-        ...
 
     @property
     def lockstep(self) -> bool:

@@ -194,7 +194,7 @@ class Layer:
     def _gather(self, clocks: Clocks, payload: int, sums: int, compute: Compute) -> Clocks:
         """Collect some heads while those before them are computed; gradients go home after each group, exposed."""
         assert isinstance(self.schedule, AllGather)
-        step, count = self.schedule.heads_per_gather, self.teams.count
+        step, count = self.schedule.gather_heads, self.teams.count
         groups = [(min(first + step, self.kv_heads) - first) for first in range(0, self.kv_heads, step)]
         spans = [
             (reader, owner, span[1] - span[0])

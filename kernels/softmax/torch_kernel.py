@@ -1,7 +1,6 @@
-"""The `torch` kernel: any list of banded tiles through a primitive, partials merged in float32.
+"""The `torch` kernel: any tile list through a primitive, rectangle by rectangle, partials merged in float32.
 
-ATen rounds each rectangle's `out` and gradients to the input dtype; the sums over rectangles and hops stay float32.
-With bfloat16 inputs the error does not grow with the number of partials (docs/numerics.md has the measurement).
+What the primitives round is told in docs/numerics.md: ATen's round each rectangle's results to the input dtype.
 """
 
 from collections.abc import Sequence

@@ -25,13 +25,12 @@ class AllGather:
     """Collect, compute, next heads.
 
     Attributes:
-        heads_per_gather: KV heads that are collected at a time.
+        gather_heads: KV heads that are collected at a time.
     """
 
     name: str = "all_gather"
-    distributed: bool = True
     lockstep: bool = False
-    heads_per_gather: int = 1
+    gather_heads: int = 1
 
     def teams(self, cp: int) -> Teams:
         """Return teams of one."""
@@ -39,9 +38,9 @@ class AllGather:
 
     def check(self, cp: int, *, heads: int, kv_heads: int) -> None:
         """Refuse a group of heads that is larger than all of them."""
-        if not 1 <= self.heads_per_gather <= kv_heads:
+        if not 1 <= self.gather_heads <= kv_heads:
             raise ValueError(
-                f"attention.gather_heads={self.heads_per_gather} (KV heads collected at a time) must be between 1 and "
+                f"attention.gather_heads={self.gather_heads} (KV heads collected at a time) must be between 1 and "
                 f"model.num_kv_heads={kv_heads}"
             )
 
@@ -124,7 +123,7 @@ class AllGather:
         raise AssertionError(self)
 
     def _groups(self, kv_heads: int) -> list[KvHeads]:
-        step = self.heads_per_gather
+        step = self.gather_heads
         return [(first, min(first + step, kv_heads)) for first in range(0, kv_heads, step)]
 
 

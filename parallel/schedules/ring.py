@@ -8,7 +8,7 @@ The backward pass of each can send queries instead of K/V (BurstAttention, arXiv
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,14 +30,18 @@ class Ring:
     """Teams of one rank on one ring; the base of all schedules on a circuit.
 
     Attributes:
-        backward: what travels in the backward pass: `rotate_kv` (k, v, dk, dv), `rotate_q` (q, dout, delta, lse, dq),
-            or `auto`: what sends fewer bytes.
+        backward_moves: what travels in the backward pass: `rotate_kv` (k, v, dk, dv), `rotate_q` (q, dout, delta, lse,
+            dq), or `auto`: what sends fewer bytes. `attention.backward` in config.
     """
 
     name: str = "ring"
-    distributed: bool = True
     lockstep: bool = True
     backward_moves: BackwardName = "auto"
+
+    def __post_init__(self) -> None:
+        if self.backward_moves not in get_args(BackwardName):
+            known = ", ".join(get_args(BackwardName))
+            raise ValueError(f"attention.backward={self.backward_moves} is not known; known are {known}")
 
     def teams(self, cp: int) -> Teams:
         """Return teams of one."""
@@ -122,7 +126,6 @@ class Local(Ring):
     """No hop at all; needs a group of one."""
 
     name: str = "local"
-    distributed: bool = False
 
     def teams(self, cp: int) -> Teams:
         """Return the only rank."""
@@ -139,7 +142,7 @@ class DoubleRing(Ring):
     """Rings of `ranks_per_ring` neighbours inside a ring of rings.
 
     Attributes:
-        ranks_per_ring: ranks of an inner ring, such as those of one machine; divides cp.
+        ranks_per_ring: ranks of an inner ring, such as those of one machine; divides cp. `attention.inner` in config.
     """
 
     name: str = "double_ring"
@@ -191,6 +194,12 @@ class Usp(Ring):
     name: str = "usp"
     ulysses: int = 1
     innermost: InnermostName = "ulysses"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.innermost not in get_args(InnermostName):
+            known = ", ".join(get_args(InnermostName))
+            raise ValueError(f"attention.innermost={self.innermost} is not known; known are {known}")
 
     def teams(self, cp: int) -> Teams:
         """Return cp / ulysses teams."""

@@ -215,6 +215,13 @@ def test_bad_calls_are_refused():
             "attention.kernel=torch cannot serve this: an arbitrary predicate has no band",
             lambda: context_parallel_attention(q, q, q, mask=predicate(lambda i, j: i >= j), kernel="torch"),
         ),
+        ("given 2 for a batch of 3", lambda: attention(q, q, q, plan=attention.plan([causal()] * 2, total=8))),
+        ("must be float64, float32, bfloat16 or float16", lambda: context_parallel_attention(*[q.int()] * 3)),
+        ("softmax_scale must be a finite number > 0", lambda: attention(q, q, q, plan=plan, softmax_scale=0.0)),
+        ("one per row; given str", lambda: context_parallel_attention(q, q, q, mask="causal")),
+        ("group must be a torch.distributed process group", lambda: context_parallel_attention(q, q, q, group=3)),
+        ("attention.backward=sideways is not known", lambda: Ring(backward_moves="sideways")),
+        ("attention.innermost=outermost is not known", lambda: Usp(ulysses=2, innermost="outermost")),
         ("attention.layout=spiral is not known", lambda: context_parallel_attention(q, q, q, layout="spiral")),
         ("attention.schedule=tree is not known", lambda: context_parallel_attention(q, q, q, schedule="tree")),
     ]

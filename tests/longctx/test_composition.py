@@ -237,3 +237,8 @@ def test_a_sink_alone_takes_rows_that_see_nothing():
     blind = ~masks[0].allowed(torch.arange(total), torch.arange(total)).any(-1)
     assert blind.any() and (got[0][:, blind] == 0).all()
     assert torch.equal(got[1][:, :, blind], problem.sink_logits[None, :, None].expand_as(got[1][:, :, blind]))
+    problem.sink_logits[1] = float("-inf")  # no sink at all for this head
+    ranks = run_ranks(2, lambda t: sharded(t, layout, problem, masks, schedule="ring", kernel="auto", scores="sink"))
+    for x in together(layout, ranks):
+        assert not x.isnan().any()
+    assert (together(layout, ranks)[0][:, :, 1] - dense(problem, masks)[0][:, :, 1]).abs().max() < 1e-10

@@ -134,7 +134,7 @@ def test_double_ring_crosses_between_machines_once_per_shard(cp, inner):
 def test_all_gather(cp, kv_heads, at_a_time, dtype):
     """One exchange of K/V per group of heads and pass, and one of gradients: all-gather and reduce-scatter volumes."""
     kv, e, groups = 2 * BATCH * N * kv_heads * D, dtype.itemsize, kv_heads // at_a_time if cp > 1 else 0
-    for forward, backward in counted(cp, AllGather(heads_per_gather=at_a_time), full(), (4, kv_heads), dtype=dtype):
+    for forward, backward in counted(cp, AllGather(gather_heads=at_a_time), full(), (4, kv_heads), dtype=dtype):
         assert (forward.hops, forward.bytes) == (groups, (cp - 1) * kv * e)
         assert (backward.hops, backward.bytes) == (2 * groups, (cp - 1) * kv * (e + 4))
 
@@ -179,7 +179,7 @@ def test_a_window_on_contiguous_shards_sends_the_halo_only(window):
     ring = counted(cp, Ring(backward_moves="rotate_kv"), mask, (4, 2), layout=layout)
     assert max(forward.hops for forward, _ in ring) == hops
     assert max(backward.hops for _, backward in ring) == 2 * hops
-    gather = counted(cp, AllGather(heads_per_gather=2), mask, (4, 2), layout=layout)
+    gather = counted(cp, AllGather(gather_heads=2), mask, (4, 2), layout=layout)
     for passes in (ring, gather):
         assert sum(forward.bytes for forward, _ in passes) == sum(halos) * kv
     # K/V again, and gradients of the same tokens straight back.
@@ -213,7 +213,7 @@ def test_documents_that_end_with_their_shard_need_no_hop(name):
 def test_only_the_document_across_a_bound_travels():
     """Documents [0, 10) and [10, 24) at 6 tokens per rank: rank 0 gives 1 its tokens, and 1 its last two to 2 and 3."""
     mask, kv = causal() & documents((0, 10, 24)), 2 * BATCH * 2 * D * 4
-    ranks = counted(4, AllGather(heads_per_gather=2), mask, (4, 2), layout=Layout("contiguous", 4))
+    ranks = counted(4, AllGather(gather_heads=2), mask, (4, 2), layout=Layout("contiguous", 4))
     assert [forward.bytes_to for forward, _ in ranks] == [{1: 6 * kv}, {2: 2 * kv, 3: 2 * kv}, {3: 6 * kv}, {}]
 
 
@@ -228,7 +228,7 @@ def test_far_sinks_cost_their_tokens_and_not_their_shard():
     """A window of 4 with 2 sinks: beyond the halo only the two first tokens go round."""
     cp, kv = 8, 2 * BATCH * 2 * D * 4
     layout = Layout("contiguous", cp)
-    gather = counted(cp, AllGather(heads_per_gather=2), sliding_window(3, sinks=2), (4, 2), layout=layout)
+    gather = counted(cp, AllGather(gather_heads=2), sliding_window(3, sinks=2), (4, 2), layout=layout)
     # Rank 1 needs the sinks and the last three of rank 0's six: the span that holds both is the shard.
     assert gather[0][0].bytes_to == {1: 6 * kv, **dict.fromkeys(range(2, cp), 2 * kv)}
     assert [gather[rank][0].bytes_to for rank in range(1, cp - 1)] == [{rank + 1: 3 * kv} for rank in range(1, cp - 1)]

@@ -30,7 +30,7 @@ SCHEDULES: dict[str, Schedule] = {
     "double_ring": DoubleRing(ranks_per_ring=2),
     "double_burst": DoubleRing(ranks_per_ring=4, backward_moves="rotate_q"),
     "all_gather": AllGather(),
-    "all_gather2": AllGather(heads_per_gather=2),
+    "all_gather2": AllGather(gather_heads=2),
     "ulysses": Ulysses(),
     "usp": Usp(ulysses=2),
     "usp-outer": Usp(ulysses=4, innermost="ring"),
