@@ -1,7 +1,7 @@
 """Context-parallel attention in a model of your own: a two-layer decoder on packed documents.
 
-    torchrun --nproc-per-node 2 examples/library.py      # the same losses on any number of ranks, and without torchrun
-    torchrun --nproc-per-node 4 examples/library.py ulysses contiguous
+torchrun --nproc-per-node 2 examples/library.py      # the same losses on any number of ranks, and without torchrun
+torchrun --nproc-per-node 4 examples/library.py ulysses contiguous
 """
 
 import os
