@@ -216,7 +216,8 @@ def resume(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any]]:
     absent = [key for key in ("step", "samples_seen", "model", "data_order") if key not in saved]
     if absent:
         raise ValueError(f"checkpoint {path}: extra.json lacks {', '.join(absent)}; set checkpoint.resume to another")
-    compare_models(saved["model"], model_shape(run))
+    # A checkpoint from before a key existed means the key's default.
+    compare_models({"softcap": None, "sink_logits": False, **saved["model"]}, model_shape(run))
     compare_models(saved["data_order"], data_order(run), prefix="data order")
     state = run.engine.state_dict()
     checkpointer.load(path, state)
