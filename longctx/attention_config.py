@@ -14,6 +14,8 @@ from longctx.parallel.layout import Layout, LayoutName
 from longctx.parallel.registry import ScheduleOptions, check_schedule, resolve_schedule
 from longctx.parallel.schedule import Schedule
 
+MASK_KEYS = ("documents", "window", "head_windows", "sinks", "chunk", "prefix")  # who sees whom
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
@@ -89,7 +91,7 @@ class AttentionConfig:
                 raise ValueError(f"attention.head_windows must be >= 1 or null each; given {self.head_windows}")
         if self.sinks < 0:
             raise ValueError(f"attention.sinks must be >= 0; given {self.sinks}")
-        if self.sinks and self.window is None and self.head_windows is None:
+        if self.sinks and all(window is None for window in (self.window, *(self.head_windows or ()))):
             raise ValueError(
                 f"attention.sinks={self.sinks} keeps tokens visible outside a window; set attention.window, or sinks=0"
             )

@@ -109,6 +109,9 @@ tiles, hops that are needed, bytes per layer; with attention=auto also why. Take
 
   --per-machine N                            ranks per machine (default: half of them)
 
+attention=auto is decided with the speeds of this machine; for another one set parallel.attention_tflops,
+parallel.local_gb_per_s, parallel.network_gb_per_s and so on (docs/planner.md).
+
 examples:
   longctx plan parallel.cp=8 data.seq_len=131072
   longctx plan attention=auto parallel.cp=64 --per-machine 8 data.seq_len=1048576 model=llama3_8b

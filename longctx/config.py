@@ -81,6 +81,12 @@ class Config:
         for part in (*parts, self.logger, self.train):
             part.validate()
         self.attention.check_heads(self.model.num_heads)
+        prefix = self.attention.prefix
+        if prefix is not None and prefix >= self.data.seq_len:
+            raise ValueError(
+                f"attention.prefix={prefix} leaves nothing to predict in sequences of data.seq_len="
+                f"{self.data.seq_len}; lower it, or raise data.seq_len"
+            )
         check_schedule(self.optim, total_steps=self.train.steps)
         if not self.run_dir.strip():
             raise ValueError("run_dir is empty; give the directory for checkpoints and logs")

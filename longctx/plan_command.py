@@ -103,7 +103,7 @@ def _per_machine(arguments: Sequence[str]) -> tuple[list[str], int | None]:
             continue
         text = value if equals else next(rest, "")
         if not text.isdecimal() or int(text) < 1:
-            raise ValueError(f"--per-machine needs a number of ranks; given {text!r}")
+            raise ValueError(f"--per-machine needs a number of ranks >= 1; given {text!r}")
         number = int(text)
     return overrides, number
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.attention import ContextParallelAttention
+from longctx.attention_config import MASK_KEYS, AttentionConfig
 from longctx.batch import BatchSource
 from longctx.checkpoint.checkpointer import Checkpointer
 from longctx.checkpoint.compare import compare_models
@@ -26,7 +27,6 @@ from longctx.kernels.contract import LocalKernel, Request
 from longctx.kernels.softmax.op import resolve_kernel
 from longctx.metrics.flops import gpu_peak
 from longctx.model import ModelConfig
-from longctx.parallel.layout import Layout
 from longctx.parallel.links import Speeds, resolve_speeds
 from longctx.parallel.mesh import Degrees, build_far_group, build_mesh, resolve_degrees
 from longctx.parallel.ranks import Ranks
@@ -63,7 +63,9 @@ def check_world(config: Config, *, world_size: int, per_machine: int) -> Degrees
             f"parallel.dp_shard={degrees.dp_shard} shares parameters between data-parallel ranks, so it needs "
             "engine.parameters=shard; given replicate (use parallel.dp_replicate)"
         )
-    Layout("contiguous", degrees.cp).check_total(config.data.seq_len)  # the same for every layout
+    layout = config.attention.layout
+    named = config.attention if layout != "auto" else dataclasses.replace(config.attention, layout="contiguous")
+    named.make_layout(degrees.cp).check_total(config.data.seq_len)
     if config.attention.schedule != "auto":
         config.attention.make_schedule(degrees.cp, **heads(config), per_machine=per_machine)
     grad_accum_steps(global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, dp_size=degrees.dp)
@@ -219,6 +221,9 @@ def resume(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any]]:
     # A checkpoint from before a key existed means the key's default.
     compare_models({"softcap": None, "sink_logits": False, **saved["model"]}, model_shape(run))
     compare_models(saved["data_order"], data_order(run), prefix="data order")
+    changed = mask_changes(saved.get("config", {}).get("attention", {}), run.config.attention)
+    if changed:
+        run.say(f"note: the checkpoint was trained under another mask: {', '.join(changed)}")
     state = run.engine.state_dict()
     checkpointer.load(path, state)
     run.engine.load_state_dict(state)
@@ -227,6 +232,14 @@ def resume(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any]]:
     restore_rng(path, rank=rank, world_size=world_size, seed=run.config.train.seed, step=step, report=run.say)
     run.say(f"resumed from {path} (step {step}, {saved['samples_seen']} samples seen)")
     return step, saved
+
+
+def mask_changes(saved: dict[str, Any], attention: AttentionConfig) -> list[str]:
+    """Return the keys of the mask that differ, in words; what an older checkpoint does not know had its default."""
+    default = AttentionConfig()
+    before = {key: saved.get(key, getattr(default, key)) for key in MASK_KEYS}
+    now = {key: getattr(attention, key) for key in MASK_KEYS}
+    return [f"attention.{key} was {before[key]}, is {now[key]}" for key in MASK_KEYS if before[key] != now[key]]
 
 
 def model_shape(run: Run) -> dict[str, Any]:

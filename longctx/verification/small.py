@@ -26,6 +26,9 @@ from longctx.parallel.schedule import Schedule, Shape
 from longctx.verification import truth
 
 TOKENS_PER_RANK = 67  # odd: zigzag halves and stripes of any width have a remainder
+TOKENS_WITH_WINDOW = (
+    149  # a rank has more than one block of rows of a document, as kernels cut windowed tiles into blocks
+)
 LEAST_TOKENS = 9
 LAYERS, DIM, HIDDEN, HEAD_DIM = 2, 32, 48, 8
 SAMPLES = 2
@@ -113,7 +116,8 @@ def shrink(config: Config, *, cp: int, per_machine: int, tokens_per_rank: int | 
     if tokens_per_rank is not None and tokens_per_rank < LEAST_TOKENS:
         raise ValueError(f"--tokens (per rank) must be >= {LEAST_TOKENS}; given {tokens_per_rank}")
     heads = config.model.num_heads
-    n = tokens_per_rank or TOKENS_PER_RANK
+    windowed = config.attention.window is not None or config.attention.head_windows is not None
+    n = tokens_per_rank or (TOKENS_WITH_WINDOW if windowed else TOKENS_PER_RANK)
     while tokens_per_rank is None and n > LEAST_TOKENS and heads * (n * cp) ** 2 > _SCORES:
         n -= 2
     total = n * cp

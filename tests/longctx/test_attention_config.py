@@ -5,12 +5,14 @@ import torch
 
 from longctx.attention import ContextParallelAttention, context_parallel_attention
 from longctx.attention_config import AttentionConfig
+from longctx.config import load_config
 from longctx.kernels.mask import causal, chunked, documents, per_head, predicate, prefix_lm, sliding_window
 from longctx.loss import IGNORED
 from longctx.parallel.layout import Layout
 from longctx.parallel.loopback import run_ranks
 from longctx.parallel.registry import ScheduleOptions, resolve_schedule
 from longctx.parallel.schedules.ring import DoubleRing, Ring, Ulysses, Usp
+from longctx.setup import mask_changes
 from tests.support.attention import LAYOUTS, SCHEDULES, assert_equal, dense, make_problem, make_schedule
 
 BOUNDS = (0, 10, 15, 40)
@@ -43,6 +45,7 @@ BOUNDS = (0, 10, 15, 40)
         ({"chunk": 0}, "attention.chunk must be >= 1 or null; given 0"),
         ({"prefix": 0}, "attention.prefix must be >= 1 or null; given 0"),
         ({"sinks": -1, "window": 2}, "attention.sinks must be >= 0; given -1"),
+        ({"sinks": 4, "head_windows": [None, None]}, "attention.sinks=4 keeps"),
         ({"sinks": 4}, "attention.sinks=4 keeps tokens visible outside a window; set attention.window, or sinks=0"),
         ({"window": 4, "head_windows": [4, None]}, "attention.window and attention.head_windows exclude each other"),
         ({"head_windows": [4, 0]}, "attention.head_windows must be >= 1 or null each"),
@@ -246,3 +249,17 @@ def _alone():
 def test_a_total_that_ranks_cannot_share_is_refused(layout):
     with pytest.raises(ValueError, match="data.seq_len=30 cannot be divided by parallel.cp=4 .*: use a multiple of 4"):
         Layout(LAYOUTS[layout][0], 4, LAYOUTS[layout][1]).segments(0, 30)
+
+
+def test_a_mask_that_differs_from_the_checkpoints_is_told_key_by_key():
+    saved = {"documents": True, "window": 64, "layout": "zigzag"}
+    assert mask_changes(saved, AttentionConfig(window=64)) == []
+    assert mask_changes(saved, AttentionConfig(sinks=2, window=8)) == [
+        "attention.window was 64, is 8",
+        "attention.sinks was 0, is 2",
+    ]
+
+
+def test_a_prefix_of_whole_sequences_is_refused():
+    with pytest.raises(ValueError, match="attention.prefix=8192 leaves nothing to predict in sequences"):
+        load_config(["attention.prefix=8192"])

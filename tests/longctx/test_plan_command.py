@@ -46,7 +46,7 @@ def test_the_command(tmp_path, capsys):
     assert "auto:" in capsys.readouterr().out
     for wrong, words in (
         (["data.seq_len=510", "parallel.cp=4"], "data.seq_len=510 cannot be divided by parallel.cp=4"),
-        (["--per-machine", "x"], "--per-machine needs a number of ranks; given 'x'"),
+        (["--per-machine", "x"], "--per-machine needs a number of ranks >= 1; given 'x'"),
         (["attention=spiral"], "spiral"),
     ):
         assert main([*data, *wrong]) == 2
