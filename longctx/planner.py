@@ -46,8 +46,9 @@ class Choice:
         if chosen not in places:
             places[-1] = chosen
         lines = [
-            f"auto: {label(self.config)}, sends least between machines and is simplest within {CLOSE:.0%} of the fastest "
-            f"of {len(self.ranked)} candidate(s); one layer, forward and backward, mean of {self.sequences} sequence(s), predicted with",
+            f"auto: {label(self.config)}, of {len(self.ranked)} candidate(s) within {CLOSE:.0%} of the fastest the one "
+            "that sends least between machines, then the simplest; one layer, forward and backward, mean of "
+            f"{self.sequences} sequence(s), predicted with",
             f"  {self.speeds.describe()}",
         ]
         width = max(len(label(self.ranked[place][0])) for place in places)

@@ -24,7 +24,7 @@ def same(runs) -> bool:
     return all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_simulated_ranks(schedule, dtype):
     for runs in run_ranks(4, lambda transport: [once(transport, schedule, dtype) for _ in range(TIMES)]):

@@ -69,7 +69,8 @@ def run(pool, world_size, attention, extra, dtype, corpus, run_dir):
 
 @pytest.mark.parametrize(
     ("world_size", "attention", "extra", "dtype", "tolerance"),
-    [(*run, "float32", 1e-4) for run in RUNS] + [(*run, "float64", 1e-10) for run in RUNS + SCHEDULES],
+    [pytest.param(*run, "float32", 1e-4, marks=pytest.mark.slow) for run in RUNS]
+    + [(*run, "float64", 1e-10) for run in RUNS + SCHEDULES],
     ids=lambda value: str(value),
 )
 def test_same_losses(gloo_pool, reference, corpus, tmp_path, world_size, attention, extra, dtype, tolerance):
