@@ -82,6 +82,7 @@ def test_same_losses(gloo_pool, reference, corpus, tmp_path, world_size, attenti
         assert abs(ours - theirs) <= tolerance * abs(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 def test_same_losses_under_every_mask(gloo_pool, reference, corpus, tmp_path, mask):
     """Each mask gives its own losses, and the same ones on one rank and on two."""
