@@ -23,8 +23,8 @@ def short_conv(extended: Tensor, weight: Tensor, *, lengths: tuple[int, ...], do
     """Convolve each segment with the taps of every channel.
 
     Args:
-        extended: `[B, E, C]`, the segments in order, each preceded by the k - 1 tokens before it in the sequence, by
-            zeros before the sequence begins; so E is T + (k - 1) P.
+        extended: `[B, E, C]`, the segments in order, each preceded by the k - 1 tokens before it in the sequence (zeros
+            before the sequence begins); so E is T + (k - 1) P.
         weight: `[C, k]`, the token's own tap last.
         lengths: tokens of each of the P segments without those before it; their sum is T.
         documents: integers `[R, E]`, the document of each of these tokens, R = 1 or B; None = all of one document.
