@@ -7,6 +7,7 @@ shard, for which nothing is exchanged.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from longctx.kernels.mask import HeadMasks, Mask
 from longctx.kernels.positions import Piece, Tile, cut, total_pairs
@@ -96,11 +97,10 @@ class Plan:
     def query_hops(self) -> dict[int, Hop]:
         """Return, by source, the work when queries travel and K/V stay: tiles of a source's queries, cut to those that
         see something here, against all own keys."""
-        turned = self.needs.turned()
-        team = self.teams.place(self.rank)[0]
-        return {
-            source: _hop(self, source, turned[team][source], queries_travel=True) for source in range(self.teams.count)
-        }
+        teams, turned = self.teams, self.needs.turned()
+        team = teams.place(self.rank)[0]
+        place = _Place(self.layout, teams, self.rank, self.total, self.masks)
+        return {source: _hop(place, source, turned[team][source], queries_travel=True) for source in range(teams.count)}
 
     @property
     def num_tiles(self) -> int:
@@ -122,27 +122,37 @@ def plan(layout: Layout, masks: tuple[AnyMask, ...], schedule: Schedule, *, rank
     if all(mask == masks[0] for mask in masks):
         masks = masks[:1]
     needs = needs_of(layout, masks, teams, total=total)
-    empty = Plan(layout, schedule, rank, total, rows, masks, needs, ())
+    place = _Place(layout, teams, rank, total, masks)
     team = teams.place(rank)[0]
     order = schedule.order(team, teams.count)
-    hops = tuple(_hop(empty, source, needs.keys[team][source], queries_travel=False) for source in order)
+    hops = tuple(_hop(place, source, needs.keys[team][source], queries_travel=False) for source in order)
     return Plan(layout, schedule, rank, total, rows, masks, needs, hops)
 
 
-def _hop(plan: Plan, source: int, needed: Span | None, *, queries_travel: bool) -> Hop:
+class _Place(NamedTuple):
+    """Where a hop is planned: what all hops of a rank share."""
+
+    layout: Layout
+    teams: Teams
+    rank: int
+    total: int
+    masks: tuple[AnyMask, ...]
+
+
+def _hop(place: _Place, source: int, needed: Span | None, *, queries_travel: bool) -> Hop:
     if needed is None:
         return Hop(source, None, ())
-    teams = plan.teams
-    team, member = teams.place(plan.rank)
-    own = team_shard(plan.layout, teams.members[team], plan.total)
-    travelling = _part(team_shard(plan.layout, teams.members[source], plan.total), needed)
+    layout, teams, rank, total, masks = place
+    team, member = teams.place(rank)
+    own = team_shard(layout, teams.members[team], total)
+    travelling = _part(team_shard(layout, teams.members[source], total), needed)
     # Own keys stay whole when queries travel, own queries when keys do.
     queries, keys = (travelling, with_offsets(own)) if queries_travel else (with_offsets(own), travelling)
     lists = []
-    for row, mask in enumerate(plan.masks):
-        rows = None if len(plan.masks) == 1 else (row, row + 1)
+    for row, mask in enumerate(masks):
+        rows = None if len(masks) == 1 else (row, row + 1)
         for heads, each in _by_head(mask, member=member, team=teams.size):
-            tiles = _tiles(queries, keys, each, plan.total)
+            tiles = _tiles(queries, keys, each, total)
             if tiles:
                 lists.append(TileList(rows, heads, tiles))
     return Hop(source, needed, tuple(lists))

@@ -1,11 +1,20 @@
 """Schedules by the names that config uses, with the options that each has."""
 
 from dataclasses import dataclass
-from typing import get_args
 
 from longctx.parallel.schedule import Schedule
 from longctx.parallel.schedules.all_gather import AllGather
-from longctx.parallel.schedules.ring import BackwardName, DoubleRing, InnermostName, Local, Ring, Ulysses, Usp
+from longctx.parallel.schedules.ring import (
+    CHOICES,
+    BackwardName,
+    DoubleRing,
+    InnermostName,
+    Local,
+    Ring,
+    Ulysses,
+    Usp,
+    check_choice,
+)
 
 SCHEDULES = ("ring", "double_ring", "all_gather", "ulysses", "usp", "local")
 
@@ -49,10 +58,10 @@ def check_schedule(name: str, options: ScheduleOptions, *, also: tuple[str, ...]
                 f"attention.{key}={value} is an option of attention.schedule={'|'.join(owners)}; given "
                 f"attention.schedule={name}. Leave it null"
             )
-    for key, known in (("backward", get_args(BackwardName)), ("innermost", get_args(InnermostName))):
+    for key in CHOICES:
         value = getattr(options, key)
-        if value is not None and value not in known:
-            raise ValueError(f"attention.{key}={value} is not known; known are {', '.join(known)}")
+        if value is not None:
+            check_choice(key, value)
     for key in ("inner", "ulysses", "gather_heads"):
         value = getattr(options, key)
         if value is not None and value < 1:

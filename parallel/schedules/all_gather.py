@@ -6,6 +6,7 @@ sequence's K/V. Gradients go straight back to their owner, which adds them in ra
 tokens that it needs, so under a window this is a halo exchange.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,17 +68,10 @@ class AllGather:
 
     def forward(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: Attend) -> None:
         """Collect the needed K/V of each group of heads and attend to it."""
-        groups = self._groups(k.shape[2])
-        arriving = _collect(ring, needs, k, v, groups[0])
-        for index, heads in enumerate(groups):
-            exchange, gathered = arriving
-            if exchange is not None:
-                exchange.wait()
-            if index + 1 < len(groups):
-                arriving = _collect(ring, needs, k, v, groups[index + 1])
+        for heads, gathered in self._collected(ring, needs, k, v):
             for source in self.order(ring.rank, ring.size):
                 if source in gathered:
-                    attend(source, heads, *gathered[source])
+                    attend(source, heads, *gathered.pop(source))
 
     def backward(
         self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: AttendBackward
@@ -105,14 +99,7 @@ class AllGather:
                 dk[:, slice(*span), slice(*heads)] += dk_part
                 dv[:, slice(*span), slice(*heads)] += dv_part
 
-        groups = self._groups(k.shape[2])
-        arriving = _collect(ring, needs, k, v, groups[0])
-        for index, heads in enumerate(groups):
-            exchange, gathered = arriving
-            if exchange is not None:
-                exchange.wait()
-            if index + 1 < len(groups):
-                arriving = _collect(ring, needs, k, v, groups[index + 1])
+        for heads, gathered in self._collected(ring, needs, k, v):
             back(heads, gathered)
         return dk, dv
 
@@ -121,6 +108,19 @@ class AllGather:
     ) -> Tensor:
         """Never called: `moves_queries` says no."""
         raise AssertionError(self)
+
+    def _collected(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor) -> Iterator[tuple[KvHeads, Gathered]]:
+        """Yield each group of heads with the needed K/V of all shards, which the taker takes out: when it comes back
+        for the next group, that of the one after is asked for."""
+        groups = self._groups(k.shape[2])
+        arriving = _collect(ring, needs, k, v, groups[0])
+        for index, heads in enumerate(groups):
+            exchange, gathered = arriving
+            if exchange is not None:
+                exchange.wait()
+            if index + 1 < len(groups):
+                arriving = _collect(ring, needs, k, v, groups[index + 1])
+            yield heads, gathered
 
     def _groups(self, kv_heads: int) -> list[KvHeads]:
         step = self.gather_heads

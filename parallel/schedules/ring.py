@@ -23,6 +23,14 @@ from longctx.parallel.transport import Among, Transport
 
 BackwardName = Literal["auto", "rotate_kv", "rotate_q"]
 InnermostName = Literal["ulysses", "ring"]
+CHOICES = {"backward": get_args(BackwardName), "innermost": get_args(InnermostName)}
+
+
+def check_choice(option: str, value: str) -> None:
+    """Refuse a value that an option of `CHOICES` does not have (ValueError)."""
+    known = CHOICES[option]
+    if value not in known:
+        raise ValueError(f"attention.{option}={value} is not known; known are {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +47,7 @@ class Ring:
     backward_moves: BackwardName = "auto"
 
     def __post_init__(self) -> None:
-        if self.backward_moves not in get_args(BackwardName):
-            known = ", ".join(get_args(BackwardName))
-            raise ValueError(f"attention.backward={self.backward_moves} is not known; known are {known}")
+        check_choice("backward", self.backward_moves)
 
     def teams(self, cp: int) -> Teams:
         """Return teams of one."""
@@ -197,9 +203,7 @@ class Usp(Ring):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.innermost not in get_args(InnermostName):
-            known = ", ".join(get_args(InnermostName))
-            raise ValueError(f"attention.innermost={self.innermost} is not known; known are {known}")
+        check_choice("innermost", self.innermost)
 
     def teams(self, cp: int) -> Teams:
         """Return cp / ulysses teams."""
