@@ -137,6 +137,27 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+def take_number(arguments: Sequence[str], option: str, *, what: str, least: int = 0) -> tuple[list[str], int | None]:
+    """Split off `option N` (or `option=N`): return the other arguments, which are hydra overrides, and N or None.
+
+    Raises:
+        ValueError: no number, or one below `least`; `what` says what it is the number of.
+    """
+    overrides: list[str] = []
+    number: int | None = None
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != option:
+            overrides.append(argument)
+            continue
+        text = value if equals else next(rest, "")
+        if not text.isdecimal() or int(text) < least:
+            raise ValueError(f"{option} needs a number of {what}; given {text!r}")
+        number = int(text)
+    return overrides, number
+
+
 def usage() -> str:
     """Return the text of `longctx --help`."""
     width = max(len(name) for name in COMMANDS)

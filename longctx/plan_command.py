@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from longctx.attention_config import AttentionConfig
-from longctx.cli import PLAN_HELP
+from longctx.cli import PLAN_HELP, take_number
 from longctx.config import Config, load_config
 from longctx.data.prepare import prepare
 from longctx.kernels.mask import HeadMasks, Mask
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(PLAN_HELP, end="")
         return 0
     try:
-        overrides, per_machine = _per_machine(arguments)
+        overrides, per_machine = take_number(arguments, "--per-machine", what="ranks >= 1", least=1)
         config = load_config(overrides)
         degrees, per_machine = simulated_degrees(config, per_machine=per_machine)
         show(config, degrees=degrees, per_machine=per_machine)
@@ -48,7 +47,7 @@ def show(config: Config, *, degrees: Degrees, per_machine: int) -> None:
         print(choice.explain())
         config = dataclasses.replace(config, attention=choice.config)
     mask, shape, total = config.attention.mask(stream.sample(0).cu_seqlens), layer_shape(config), config.data.seq_len
-    plans = _plans(config.attention, config, mask, degrees=degrees, per_machine=per_machine, total=total)
+    plans = _plans(config, mask, degrees=degrees, per_machine=per_machine)
     first = plans[0]
     print(f"plan: {describe(first.layout, [mask], first.schedule, total=total, shape=shape)}")
     print("\n".join(table(plans, shape)))
@@ -77,35 +76,10 @@ def table(plans: Sequence[Plan], shape: Shape) -> list[str]:
     return lines
 
 
-def _plans(
-    attention: AttentionConfig,
-    config: Config,
-    mask: Mask | HeadMasks,
-    *,
-    degrees: Degrees,
-    per_machine: int,
-    total: int,
-) -> list[Plan]:
-    schedule = attention.make_schedule(degrees.cp, **heads(config), per_machine=per_machine)
-    layout = attention.make_layout(degrees.cp)
+def _plans(config: Config, mask: Mask | HeadMasks, *, degrees: Degrees, per_machine: int) -> list[Plan]:
+    schedule = config.attention.make_schedule(degrees.cp, **heads(config), per_machine=per_machine)
+    layout, total = config.attention.make_layout(degrees.cp), config.data.seq_len
     return [plan.__wrapped__(layout, (mask,), schedule, rank=rank, total=total) for rank in range(degrees.cp)]
-
-
-def _per_machine(arguments: Sequence[str]) -> tuple[list[str], int | None]:
-    """Split off `--per-machine N` (or `--per-machine=N`); what remains are hydra overrides."""
-    overrides: list[str] = []
-    number: int | None = None
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if name != "--per-machine":
-            overrides.append(argument)
-            continue
-        text = value if equals else next(rest, "")
-        if not text.isdecimal() or int(text) < 1:
-            raise ValueError(f"--per-machine needs a number of ranks >= 1; given {text!r}")
-        number = int(text)
-    return overrides, number
 
 
 if __name__ == "__main__":

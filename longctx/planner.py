@@ -19,7 +19,7 @@ from longctx.parallel.workload import Counter
 SAMPLES = 4  # sequences of the run that are looked at
 MANY_RANKS = 8  # above, one of them: counting grows with cp^2 or more
 MOST_RANKS = 32  # above, no stripes but single tokens, for the same reason
-CLOSE = 0.01  # candidates whose times differ less count as equal; the one that comes first wins
+CLOSE = 0.01  # of candidates this near the fastest, the one with the fewest far bytes, then the first, is chosen
 LEAST_WIDTH = 64  # tokens of the narrowest stripe that is tried besides 1
 STRIPES = (2, 8)  # stripes per rank that are tried besides single tokens
 

@@ -11,7 +11,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from longctx.cli import VERIFY_HELP
+from longctx.cli import VERIFY_HELP, take_number
 from longctx.config import Config, load_config
 from longctx.parallel.mesh import (
     Degrees,
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     launch = read_launch()
     try:
-        overrides, tokens = _tokens(arguments)
+        overrides, tokens = take_number(arguments, "--tokens", what="tokens per rank")
         config = load_config(overrides)
         if launch.launched:
             return _on_real_ranks(config, launch, tokens)
@@ -148,23 +148,6 @@ def verify_ranks(
             for finding in everywhere(ranks.gather(_attempt(name, check))):
                 table.add(finding)
         return _conclude(table, begin)
-
-
-def _tokens(arguments: Sequence[str]) -> tuple[list[str], int | None]:
-    """Split off `--tokens N` (or `--tokens=N`); what remains are hydra overrides."""
-    overrides: list[str] = []
-    tokens: int | None = None
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if name != "--tokens":
-            overrides.append(argument)
-            continue
-        text = value if equals else next(rest, "")
-        if not text.isdecimal():
-            raise ValueError(f"--tokens needs a number of tokens per rank; given {text!r}")
-        tokens = int(text)
-    return overrides, tokens
 
 
 def _attempt(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:

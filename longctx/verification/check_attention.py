@@ -11,9 +11,8 @@ from longctx.verification.small import Small
 
 EXACT = 1e-10
 FACTORS = dict(zip(NAMES, (2.0, 2.0, 3.0, 3.0, 3.0, 3.0), strict=True))  # times the error of torch in the same dtype
-LARGEST = (
-    10.0  # of so few numbers the largest error is noise: a ratio of 3 is not rare, that of the rms stays below 1.6
-)
+# Of so few numbers the largest error is noise: a ratio of 3 is not rare, that of the rms stays below 1.6.
+LARGEST = 10.0
 _USUALLY = {
     "out": "the kernel ignores part of the mask, a hop is missing or doubled, or shards are merged wrongly",
     "lse": "the kernel ignores part of the mask, or hops are merged wrongly",

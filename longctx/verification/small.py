@@ -26,9 +26,8 @@ from longctx.parallel.schedule import Schedule, Shape
 from longctx.verification import truth
 
 TOKENS_PER_RANK = 67  # odd: zigzag halves and stripes of any width have a remainder
-TOKENS_WITH_WINDOW = (
-    149  # a rank has more than one block of rows of a document, as kernels cut windowed tiles into blocks
-)
+# A rank has more than one block of rows of a document, as kernels cut windowed tiles into blocks.
+TOKENS_WITH_WINDOW = 149
 LEAST_TOKENS = 9
 LAYERS, DIM, HIDDEN, HEAD_DIM = 2, 32, 48, 8
 SAMPLES = 2
