@@ -1,0 +1,76 @@
+"""Linear attention by Triton kernels: what they serve, and which of them."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from longctx.kernels.linear.contract import Cuts, LinearRequest, LinearWork, gate_of
+from longctx.kernels.triton_common.tile_table import TileTable, arch_of
+
+MAX_HEAD_DIM = 256
+MAX_CHUNK = 64
+DELTA = "longctx.kernels.linear.triton.delta"
+
+
+class TritonKernel:
+    """All gates, forward and backward, on CUDA devices; on the CPU under Triton's interpreter.
+
+    Args:
+        tiles: what to use instead of the committed table of the device's architecture.
+    """
+
+    name = "triton"
+
+    def __init__(self, *, tiles: TileTable | None = None) -> None:
+        self.tiles = tiles
+
+    def unsupported(self, request: LinearRequest) -> str | None:
+        """Return why a request is not served."""
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if request.device_type != "cuda" and not _interpreted():
+            return (
+                f"it runs on CUDA devices, and on the CPU under Triton's interpreter only; given {request.device_type}"
+            )
+        if request.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"its matrix products are those of bfloat16, float16 and float32; given {request.dtype}"
+        if max(request.key_dim, request.value_dim) > MAX_HEAD_DIM:
+            return f"head dims go up to {MAX_HEAD_DIM}; given K = {request.key_dim}, V = {request.value_dim}"
+        if request.chunk_size is not None and request.chunk_size > MAX_CHUNK:
+            return f"chunks of more than {MAX_CHUNK} tokens do not fit; given chunk_size = {request.chunk_size}"
+        if request.delta and find_spec(DELTA) is None:
+            return "the delta rule is not served yet"
+        return None
+
+    def begin(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        g: Tensor | None,
+        beta: Tensor | None,
+        scale: float,
+        cuts: Cuts,
+        chunk_size: int | None,
+    ) -> LinearWork:
+        """Take up a call."""
+        from longctx.kernels.linear.triton.tile_table import table_of
+
+        tiles = self.tiles or table_of(arch_of(q.device))
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        family = "delta" if beta is not None else "diagonal" if gate_of(g) == "diagonal" else "plain"
+        entry = tiles.entry(family, q.dtype, q.shape[-1], v.shape[-1])
+        size = entry.chunk if chunk_size is None else chunk_size
+        if beta is not None:
+            from longctx.kernels.linear.triton.delta import begin_delta
+
+            return begin_delta(q, k, v, g=g, beta=beta, scale=scale, cuts=cuts, chunk_size=size, entry=entry)
+        raise NotImplementedError
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
