@@ -4,8 +4,9 @@ from torch import Tensor
 
 from longctx.kernels.linear.contract import Cuts, LinearKernel, LinearRequest, gate_of, state_dtype, whole
 from longctx.kernels.linear.reference import Reference
+from longctx.kernels.linear.torch_kernel import TorchKernel
 
-KERNELS = ("auto", "reference")
+KERNELS = ("auto", "torch", "triton", "fla", "reference")
 
 
 def resolve_kernel(name: str, request: LinearRequest) -> LinearKernel:
@@ -16,11 +17,32 @@ def resolve_kernel(name: str, request: LinearRequest) -> LinearKernel:
     """
     if name not in KERNELS:
         raise ValueError(f"kernel {name!r} of linear attention is not known; known are {', '.join(KERNELS)}")
-    kernel = Reference()
+    kernel = _automatic(request) if name == "auto" else _named(name)
     reason = kernel.unsupported(request)
     if reason is not None:
-        raise ValueError(f"kernel {kernel.name} cannot serve this linear attention: {reason}")
+        raise ValueError(
+            f"kernel {kernel.name} cannot serve this linear attention: {reason}; kernel torch serves every kind on any "
+            "device, and auto chooses"
+        )
     return kernel
+
+
+def _named(name: str) -> LinearKernel:
+    """Return a kernel; those that need a package of their own are imported only now."""
+    if name == "triton":
+        from longctx.kernels.linear.triton_kernel import TritonKernel
+
+        return TritonKernel()
+    if name == "fla":
+        from longctx.kernels.linear.fla_kernel import FlaKernel
+
+        return FlaKernel()
+    return TorchKernel() if name == "torch" else Reference()
+
+
+def _automatic(request: LinearRequest) -> LinearKernel:
+    """Return Triton's kernels on a GPU that they serve, else plain torch."""
+    return TorchKernel()
 
 
 def linear_request(
