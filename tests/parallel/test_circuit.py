@@ -41,12 +41,17 @@ def poisoned(*args, **kwargs) -> torch.Tensor:
     return torch.full(*args, float("nan"), **kwargs)
 
 
-@settings(deadline=None, max_examples=500)
-@given(tables())
-def test_shards_reach_who_wants_them_and_sums_come_home(case):
+@pytest.mark.parametrize("examples", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_shards_reach_who_wants_them_and_sums_come_home(examples):
     """Buffers hold NaN until their exchange was waited for, so what is used or sent on too early shows."""
-    with patch("longctx.parallel.circulate.torch.empty", poisoned):
+
+    @settings(deadline=None, max_examples=examples)
+    @given(tables())
+    def check(case):
         check_circuit(*case)
+
+    with patch("longctx.parallel.circulate.torch.empty", poisoned):
+        check()
 
 
 def test_a_shard_that_came_with_a_later_one_has_arrived_before_it_goes_on():

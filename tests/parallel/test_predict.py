@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from functools import lru_cache
 
 import pytest
 import torch
@@ -71,8 +72,14 @@ def predicted(
     per_machine: int = 8,
     limit: int = 10**9,
 ) -> Prediction:
-    counter = Counter(mask, total=total, heads=shape.heads, limit=limit)
+    counter = counted(mask, total, shape.heads, limit)
     return predict(make_layout(layout, cp), schedule, counter, shape=shape, speeds=speeds, per_machine=per_machine)
+
+
+@lru_cache
+def counted(mask: Mask | HeadMasks, total: int, heads: int, limit: int) -> Counter:
+    """Counting is what takes time, and does not depend on speeds."""
+    return Counter(mask, total=total, heads=heads, limit=limit)
 
 
 @pytest.mark.parametrize("mask", MASKS)
