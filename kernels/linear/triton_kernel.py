@@ -67,7 +67,9 @@ class TritonKernel:
             from longctx.kernels.linear.triton.delta import begin_delta
 
             return begin_delta(q, k, v, g=g, beta=beta, scale=scale, cuts=cuts, chunk_size=size, entry=entry)
-        raise NotImplementedError
+        from longctx.kernels.linear.triton.decayed import DecayedWork
+
+        return DecayedWork(q, k, v, g=g, scale=scale, cuts=cuts, chunk_size=size, entry=entry)
 
 
 def _interpreted() -> bool:
