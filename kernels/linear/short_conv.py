@@ -9,10 +9,11 @@ count as 0.
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from longctx.kernels.merge import accumulator_dtype
 
@@ -56,10 +57,10 @@ class _ShortConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, extended: Tensor, weight: Tensor, lengths: tuple[int, ...], documents: Tensor | None
+        ctx: Any, extended: Tensor, weight: Tensor, lengths: tuple[int, ...], documents: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(extended, weight, documents)
-        ctx.lengths = lengths  # type: ignore[attr-defined]
+        ctx.lengths = lengths
         taps = weight.to(accumulator_dtype(extended.dtype)).unbind(1)
         out = extended.new_empty(extended.shape[0], sum(lengths), extended.shape[2])
         for tokens, y, document in _blocks(extended, out, lengths, documents, len(taps)):
@@ -71,9 +72,9 @@ class _ShortConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        extended, weight, documents = ctx.saved_tensors  # type: ignore[attr-defined]
-        lengths: tuple[int, ...] = ctx.lengths  # type: ignore[attr-defined]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        extended, weight, documents = ctx.saved_tensors
+        lengths: tuple[int, ...] = ctx.lengths
         wide = accumulator_dtype(extended.dtype)
         taps = weight.to(wide).unbind(1)
         dextended = torch.zeros_like(extended, dtype=wide)

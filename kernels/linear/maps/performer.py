@@ -38,7 +38,9 @@ class Performer(FeatureMap):
         self.head_dim = head_dim
         self.num_features = features
         self.seed = seed
-        self.redraw(0)
+        self.epoch = 0
+        # Plain tensors, made when they are needed: nothing for checkpoints, nor for a build on the meta device.
+        self._directions: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def features(self, head_dim: int) -> int:
         """Return the number of random features."""
@@ -46,9 +48,9 @@ class Performer(FeatureMap):
 
     def redraw(self, epoch: int) -> None:
         """Use the directions of this epoch: the same whenever, wherever and how often it is asked for."""
-        self.epoch = epoch
-        # Plain tensors, made when they are needed: nothing for checkpoints, nor for a build on the meta device.
-        self._directions: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self._directions.clear()
 
     def directions(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the directions `[D, m]`, already scaled by D^-1/4."""
