@@ -4,17 +4,14 @@ Matrix products inside of chunks, a recurrence of states between them. Terms of 
 time, and once more in the backward: what is T x C is never kept.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from longctx.kernels.linear.affine import Affine
-from longctx.kernels.linear.chunks import Chunks, Sight, chunks_of, sight
-from longctx.kernels.linear.contract import Cuts, Gate, LinearRequest, gate_of, state_dtype
-from longctx.kernels.linear.decay import Decay, DiagonalDecay, FixedDecay, NoDecay, ScalarDecay
-from longctx.kernels.linear.scan import Scan
-from longctx.kernels.linear.terms import Terms, terms
+from longctx.kernels.linear.chunks import chunks_of
+from longctx.kernels.linear.contract import Cuts, LinearRequest, gate_of, state_dtype
+from longctx.kernels.linear.sight import Documents
+from longctx.kernels.linear.sweep import Sweep, Task
 
 CHUNK = 64
 
@@ -63,116 +60,58 @@ class TorchWork:
         chunk_size: int | None,
     ) -> None:
         gate = gate_of(g)
-        self.chunks = chunks = chunks_of(cuts, chunk_size or CHUNK, power_of_two=gate == "diagonal")
-        self.dtype = q.dtype
-        self.recipe = _Recipe(gate, scale, state_dtype(q), chunks.size, chunks.valid(q.device), sight(cuts, chunks))
-        tensors = [chunks.split(x) for x in (q, k, v)]
-        per_token = gate in ("scalar", "diagonal")
-        tensors.append(chunks.split(g) if g is not None and per_token else g)
-        tensors.append(None if beta is None else chunks.split(beta))
-        self.terms = Terms(*_TermsInBlocks.apply(self.recipe, *tensors))
+        self._chunks = chunks = chunks_of(cuts, chunk_size or CHUNK, power_of_two=gate == "diagonal")
+        self._task = Task(
+            gate=gate,
+            scale=scale,
+            dtype=state_dtype(q),
+            chunks=chunks,
+            tokens=chunks.tokens(q.device),
+            documents=None if cuts.documents is None else Documents(cuts, chunks),
+        )
+        self._tensors = tuple(x if x is None or x.dim() == 1 else chunks.split(x) for x in (q, k, v, g, beta))
+        self._dtype = q.dtype
+        self._states = (q.shape[0], len(cuts.lengths), q.shape[2], q.shape[3], v.shape[3])
+        self._from_nothing: tuple[Tensor, Tensor, Affine] | None = None
 
     def summary(self) -> Affine:
-        """Return the maps of the segments."""
-        made = self.terms
-        batch, _, heads, size, width = made.state.shape
-        segments, counts = len(self.chunks.counts), self.chunks.counts
-        nothing = made.state.new_zeros(batch, segments, heads, size, width)
-        _, state = Scan.apply(made.transition, made.state, nothing, counts)
-        shape = made.transition.shape
-        matrix = shape[-1] > 1
-        one = torch.eye(size, dtype=nothing.dtype, device=nothing.device) if matrix else nothing.new_ones(())
-        one = one.expand(batch, segments, *shape[2:])
-        _, transition = Scan.apply(made.transition, torch.zeros_like(made.transition), one, counts)
-        return Affine(transition, state)
+        """Return the maps of the segments; their outputs from nothing are computed on the way, and kept."""
+        if self._from_nothing is None:
+            out, state, queries, transition = self._sweep(None, unit=self._unit())
+            self._from_nothing = (out, queries, Affine(transition, state))
+        return self._from_nothing[2]
 
     def finish(self, states: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the outputs from the states that enter."""
-        made = self.terms
-        batch, _, heads, size, width = made.state.shape
+        """Return the outputs and the states after the segments: at once, or what comes on top of the summary's."""
+        if self._from_nothing is None:
+            out, final, _, _ = self._sweep(states, unit=None)
+            return self._chunks.join(out), final
+        out, queries, summary = self._from_nothing
         if states is None:
-            states = made.state.new_zeros(batch, len(self.chunks.counts), heads, size, width)
-        before, after = Scan.apply(made.transition, made.state, states, self.chunks.counts)
-        out = made.out + made.queries @ before
-        return self.chunks.join(out.transpose(2, 3)).to(self.dtype), after
+            return self._chunks.join(out).to(self._dtype), summary.state
+        return self._chunks.join(_read(out, queries, states, self._chunks.counts)).to(self._dtype), summary(states)
+
+    def _sweep(self, states: Tensor | None, *, unit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if states is None:
+            states = self._tensors[0].new_zeros(self._states, dtype=self._task.dtype)
+        return Sweep.apply(self._task, states, unit, *self._tensors)
+
+    def _unit(self) -> Tensor:
+        """Return the identity as transition of the segments."""
+        batch, segments, heads, size, _ = self._states
+        q, _, _, _, beta = self._tensors
+        if beta is not None:
+            one = torch.eye(size, dtype=self._task.dtype, device=q.device)
+        else:
+            one = torch.ones(size if self._task.gate == "diagonal" else 1, 1, dtype=self._task.dtype, device=q.device)
+        return one.expand(batch, segments, heads, *one.shape)
 
 
-class _Recipe:
-    """How a block of chunks becomes terms."""
-
-    def __init__(
-        self, gate: Gate, scale: float, wide: torch.dtype, size: int, valid: Tensor | None, seen: Sight | None
-    ) -> None:
-        self.gate, self.scale, self.wide, self.size, self.valid, self.sight = gate, scale, wide, size, valid, seen
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, first: int, end: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the terms of the chunks from `first` to `end`, given as `[B, N, C, H, ...]`."""
-        wide = self.wide
-        q, k, v = (x.to(wide).transpose(2, 3) for x in (q, k, v))
-        made = terms(
-            q * self.scale,
-            k,
-            v,
-            decay=self.decay(g, k, first, end),
-            beta=None if beta is None else beta.to(wide).transpose(2, 3)[..., None],
-            sight=None if self.sight is None else self.sight.block(first, end),
-        )
-        return made.out, made.queries, made.transition, made.state
-
-    def decay(self, g: Tensor | None, like: Tensor, first: int, end: int) -> Decay:
-        """Return the decays of the chunks."""
-        if g is None:
-            return NoDecay(like)
-        if self.gate == "fixed":
-            return FixedDecay(g, self.size, None if self.valid is None else self.valid[first:end])
-        return (ScalarDecay if self.gate == "scalar" else DiagonalDecay)(g.transpose(2, 3))
-
-
-class _TermsInBlocks(torch.autograd.Function):
-    """The terms of all chunks, a block of them at a time; the backward makes them again."""
-
-    @staticmethod
-    def forward(ctx: Any, recipe: _Recipe, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """Take `[B, N, C, H, ...]`: q, k, v, g, beta."""
-        ctx.recipe = recipe
-        ctx.save_for_backward(*tensors)
-        parts = [recipe(*_block(tensors, first, end), first, end) for first, end in _blocks(tensors)]
-        return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Make each block's terms again, with their graph, and go back through it."""
-        tensors = ctx.saved_tensors
-        totals = [
-            None if x is None or not need else torch.zeros_like(x)
-            for x, need in zip(tensors, ctx.needs_input_grad[1:], strict=True)
-        ]
-        for first, end in _blocks(tensors):
-            block = [
-                None if x is None else x.detach().requires_grad_(t is not None)
-                for x, t in zip(_block(tensors, first, end), totals)
-            ]
-            with torch.enable_grad():
-                made = ctx.recipe(*block, first, end)
-            pairs = [(m, dm[:, first:end]) for m, dm in zip(made, grads) if m.requires_grad]
-            wanted = [x for x in block if x is not None and x.requires_grad]
-            found = iter(torch.autograd.grad([m for m, _ in pairs], wanted, [dm for _, dm in pairs], allow_unused=True))
-            for x, total in zip(tensors, totals):
-                if total is not None:
-                    part = next(found)
-                    if part is not None:
-                        (total if x.dim() == 1 else total[:, first:end]).add_(part)
-        return None, *totals
-
-
-def _blocks(tensors: tuple[Tensor | None, ...]) -> list[tuple[int, int]]:
-    """Return ranges of chunks of about 2048 tokens."""
-    batch, total, size = tensors[0].shape[:3]
-    step = max(1, 2048 // (size * batch))
-    return [(first, min(first + step, total)) for first in range(0, total, step)]
-
-
-def _block(tensors: tuple[Tensor | None, ...], first: int, end: int) -> list[Tensor | None]:
-    return [x if x is None or x.dim() == 1 else x[:, first:end] for x in tensors]
+def _read(out: Tensor, queries: Tensor, states: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Return `out + queries states`, each chunk with the state that entered its segment."""
+    parts = []
+    for segment, query in enumerate(queries.split(counts, dim=1)):
+        read = query.flatten(1, 2).transpose(1, 2) @ states[:, segment]
+        parts.append(read.transpose(1, 2))
+    read = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    return out + read.reshape(out.shape)

@@ -1,0 +1,233 @@
+"""From one end of the segments to the other, some chunks at a time, and back.
+
+A block of chunks takes its tokens and the states that enter to outputs and the states that leave. Only the states
+between blocks are kept: the backward makes each block's terms again, with their graph, which gives their gradients.
+Nothing that is T x C, or T/C states, ever exists for the whole sequence.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longctx.kernels.linear.chunks import Block, Chunks
+from longctx.kernels.linear.contract import Gate
+from longctx.kernels.linear.decay import Decay, DiagonalDecay, FixedDecay, NoDecay, ScalarDecay
+from longctx.kernels.linear.scan import Scan
+from longctx.kernels.linear.sight import Documents
+from longctx.kernels.linear.terms import Terms, terms
+
+# Tokens times heads times batch of a block: what a core's cache holds; launches count on other devices, caches do not.
+BLOCK_ON_CPU, BLOCK = 1 << 12, 1 << 19
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a sweep has to know apart from the tensors.
+
+    Attributes:
+        gate: kind of the log decays.
+        scale: of q.
+        dtype: of states and of what is computed.
+        chunks: the grid.
+        tokens: int64 `[N]`, how many tokens each chunk has; None = all are full.
+        documents: None = one.
+    """
+
+    gate: Gate
+    scale: float
+    dtype: torch.dtype
+    chunks: Chunks
+    tokens: Tensor | None
+    documents: Documents | None
+
+    def blocks(self, q: Tensor) -> list[Block]:
+        """Return the blocks for `q [B, N, C, H, K]`."""
+        batch, _, size, heads, _ = q.shape
+        return self.chunks.blocks(max(1, (BLOCK_ON_CPU if q.device.type == "cpu" else BLOCK) // (batch * size * heads)))
+
+    def inputs(self, tensors: tuple[Tensor | None, ...], block: Block) -> list[Tensor | None]:
+        """Return q, k, v, g, beta of a block, heads before tokens."""
+        found = []
+        for x in tensors:
+            if x is not None and x.dim() > 1:
+                x = x[:, block.first : block.end].transpose(2, 3).to(self.dtype).contiguous()
+            found.append(x)
+        return found
+
+    def terms(self, block: Block, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Terms:
+        """Return the terms of a block."""
+        here = slice(block.first, block.end)
+        return terms(
+            q,
+            k,
+            v,
+            decay=self._decay(g, like=k, here=here),
+            beta=None if beta is None else beta[..., None],
+            sight=None if self.documents is None else self.documents.sight(block.first, block.end, self.dtype),
+        )
+
+    def _decay(self, g: Tensor | None, *, like: Tensor, here: slice) -> Decay:
+        if g is None:
+            return NoDecay(self.chunks.size, like)
+        if self.gate == "fixed":
+            return FixedDecay(g, self.chunks.size, None if self.tokens is None else self.tokens[here])
+        return ScalarDecay(g) if self.gate == "scalar" else DiagonalDecay(g)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a block makes of its tokens and of what enters it; chunk by chunk, `[B, N, H, ...]`.
+
+    Attributes:
+        terms: of the chunks.
+        before: `[B, N, H, K, V]`, the states that enter the chunks.
+        after: `[B, P, H, K, V]`, those that leave the block.
+        further: `[B, N, H, C, K]`, what reads a further state that enters the segment; None = nobody asks.
+        reach: `[B, P, H, ...]`, the transition from the segment's begin to the end of the block.
+    """
+
+    terms: Terms
+    before: Tensor
+    after: Tensor
+    further: Tensor | None
+    reach: Tensor | None
+
+
+def _step(task: Task, block: Block, inputs: list[Tensor | None], state: Tensor, reach: Tensor | None) -> _Step:
+    made = task.terms(block, *inputs)
+    segments = (block.segments[1] - block.segments[0], -1)
+    transition = made.transition.unflatten(1, segments)
+    before, after = Scan.apply(transition, made.state.unflatten(1, segments), state)
+    before = before.flatten(1, 2)
+    if reach is None:
+        return _Step(made, before, after, None, None)
+    reached, reach = Scan.apply(transition, None, reach)
+    reached = reached.flatten(1, 2)
+    further = made.queries * reached.mT if reached.shape[-1] == 1 else made.queries @ reached
+    return _Step(made, before, after, further, reach)
+
+
+class Sweep(torch.autograd.Function):
+    """All chunks of a call, a block at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, task: Task, initial: Tensor, unit: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Go forwards over q, k, v, g, beta: `[B, N, C, H, ...]`, g `[H]` where it is fixed.
+
+        Args:
+            initial: `[B, P, H, K, V]`, the states that enter the segments.
+            unit: the identity as transition `[B, P, H, ...]`, if outputs have to answer to further states that enter
+                the segments, of which nothing is known yet; None = there are none.
+
+        Returns:
+            out: `[B, N, C, H, V]`, in v's dtype; with `unit` in the states', since something comes on top.
+            final: `[B, P, H, K, V]`, the states after the segments.
+            queries: with `unit`, `[B, N, C, H, K]`: further states S give a token `queries S` more; else None.
+            transition: with `unit`, `[B, P, H, ...]`: and are M S after the segments; else None.
+        """
+        q, _, v = tensors[:3]
+        assert q is not None and v is not None
+        final, out, queries, transition = torch.empty_like(initial), torch.empty_like(v), None, None
+        if unit is not None:
+            out, queries = out.to(task.dtype), torch.empty_like(q, dtype=task.dtype)
+            transition = torch.empty_like(unit, memory_format=torch.contiguous_format)
+        entered: list[Tensor | None] = []
+        state, reach = initial, unit
+        for block in task.blocks(q):
+            here, those = slice(block.first, block.end), slice(*block.segments)
+            if block.begins:
+                state, reach = initial[:, those], None if unit is None else unit[:, those]
+            entered += [state, reach]
+            step = _step(task, block, task.inputs(tensors, block), state, reach)
+            part = step.terms.scores @ step.terms.values
+            part += step.terms.queries @ step.before
+            torch.mul(part.transpose(2, 3), task.scale, out=out[:, here])
+            state, reach = step.after, step.reach
+            if queries is not None and step.further is not None:
+                torch.mul(step.further.transpose(2, 3), task.scale, out=queries[:, here])
+            if block.ends:
+                final[:, those] = state
+                if transition is not None and reach is not None:
+                    transition[:, those] = reach
+        ctx.task = task
+        ctx.save_for_backward(*tensors, *entered)
+        ctx.set_materialize_grads(False)
+        return out, final, queries, transition
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Go backwards: each block's graph once more, and through it."""
+        task: Task = ctx.task
+        tensors, entered = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        dout, dfinal, dqueries, dtransition = grads
+        needs = ctx.needs_input_grad[3:]
+        totals = [
+            None if x is None or not need else (torch.empty_like(x) if x.dim() > 1 else torch.zeros_like(x))
+            for x, need in zip(tensors, needs, strict=True)
+        ]
+        blocks = task.blocks(tensors[0])
+        dinitial: list[Tensor] = []
+        dstate: Tensor | None = None
+        dreach: Tensor | None = None
+        for i, block in reversed(list(enumerate(blocks))):
+            those = slice(*block.segments)
+            if block.ends:
+                dstate, dreach = (None if x is None else x[:, those] for x in (dfinal, dtransition))
+            inputs = task.inputs(tensors, block)
+            leaves = [
+                x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)
+            ]
+            state, reach = (x if x is None else x.detach().requires_grad_() for x in entered[2 * i : 2 * i + 2])
+            with torch.enable_grad():
+                step = _step(task, block, leaves, state, reach)
+            cotangents = [(step.after, dstate), (step.reach, dreach)]
+            if dout is not None:
+                cotangents += _of_out(step, _part(task, dout, block))
+            if dqueries is not None:
+                cotangents.append((step.further, _part(task, dqueries, block)))
+            dstate, dreach, *found = _gradients(cotangents, [state, reach, *leaves])
+            if block.begins:
+                dinitial.append(dstate)
+            for x, total in zip(found, totals, strict=True):
+                if total is not None and x is not None:
+                    if total.dim() == 1:
+                        total += x
+                    else:
+                        total[:, block.first : block.end] = x.transpose(2, 3)
+        return None, torch.cat(dinitial[::-1], dim=1), None, *totals
+
+
+def _part(task: Task, grad: Tensor, block: Block) -> Tensor:
+    """Return a block of the gradient of something scaled, heads before tokens."""
+    return grad[:, block.first : block.end].transpose(2, 3).to(task.dtype).contiguous() * task.scale
+
+
+def _of_out(step: _Step, dout: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the gradients of the factors of `out = scores values + queries before`, which itself nobody needs."""
+    made = step.terms
+    with torch.no_grad():
+        return [
+            (made.scores, dout @ made.values.mT),
+            (made.values, made.scores.mT @ dout),
+            (made.queries, dout @ step.before.mT),
+            (step.before, made.queries.mT @ dout),
+        ]
+
+
+def _gradients(
+    cotangents: list[tuple[Tensor | None, Tensor | None]], inputs: list[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients of the inputs that want one, None for others; zeros where nothing depends on one."""
+    pairs = [(x, dx) for x, dx in cotangents if x is not None and dx is not None and x.requires_grad]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    if not pairs or not wanted:
+        return [x if x is None or not x.requires_grad else torch.zeros_like(x) for x in inputs]
+    outputs, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, materialize_grads=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
