@@ -28,6 +28,12 @@ class Chain:
 
     links: tuple[tuple[int, int], ...]
 
+    def __post_init__(self) -> None:
+        counts: dict[int, list[int]] = {}
+        for rank, segment in self.links:
+            counts.setdefault(rank, []).append(segment)
+        assert all(sorted(segments) == list(range(len(segments))) for segments in counts.values()), self.links
+
     def __len__(self) -> int:
         return len(self.links)
 
@@ -69,10 +75,8 @@ def runs(layout: Layout, rank: int, total: int) -> tuple[Segment, ...]:
     """Return a rank's tokens as ascending runs of consecutive positions, as long as can be, in local order."""
     found: list[Segment] = []
     for segment in layout.segments(rank, total):
-        pieces = (segment,)
-        if segment.stride > 1:
-            pieces = tuple(segment.part(index, index + 1) for index in range(segment.count))
-        for piece in pieces:
+        single = [segment.part(index, index + 1) for index in range(segment.count)]
+        for piece in single if segment.stride > 1 else [segment]:
             if found and found[-1].last + 1 == piece.start:
                 found[-1] = Segment(found[-1].start, 1, found[-1].count + piece.count)
             else:

@@ -72,7 +72,9 @@ def resolve_passing(name: str, *, splits: int | None = None) -> StatePassing:
         raise ValueError(f"attention.state_splits must be >= 1 or null; given {splits}")
     if name == "pipelined":
         return Pipelined(splits=splits or Pipelined.splits)
-    return {"ring": Ring, "all_gather": AllGather, "log_depth": LogDepth}[name]()
+    if name == "all_gather":
+        return AllGather()
+    return LogDepth() if name == "log_depth" else Ring()
 
 
 def pass_states(summary: Affine, *, passing: StatePassing, chain: Chain, transport: Transport) -> Tensor:

@@ -189,7 +189,7 @@ def test_bytes_of_zigzag_shards():
         ]
         assert sent("all_gather", 0) == (1, {1: S, 2: S, 3: S})
         assert sent("all_gather", 1) == (1, {0: 2 * (M + S), 2: M + S, 3: M + S})
-        assert sent("log_depth", 0) == (3, {1: S, 2: S})  # link 0 to 1, 2 and 4; link 6 is the last one
+        assert sent("log_depth", 0) == (3, {1: S, 2: 2 * S})  # link 0 to 1, 2 and 4; link 6 is the last one
         assert sent("log_depth", 3) == (2, {1: M + S, 2: M + S})  # link 3 to 4 and 5
 
 
