@@ -106,6 +106,9 @@ def _serve() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # with it torch fills what it allocates with NaN
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if os.environ["TRITON_INTERPRET"] == "1":
+        repair = importlib.import_module("tests.support.triton_interpreter").repair
+        repair()
     while True:
         try:
             task = _receive(sys.stdin.buffer)
