@@ -1,7 +1,8 @@
 """N simulated ranks in one process: every schedule, forward and backward, without a process group.
 
 Each rank is a thread that runs the same function with its own transport; messages pass through queues. Results do not
-depend on timing, since a rank reads each peer's messages in the order they were sent.
+depend on timing, since a rank reads each peer's messages in the order they were sent. One rank computes at a time,
+until it has to wait for a message: threads that fight for the interpreter take two to three times as long.
 """
 
 import queue
@@ -31,6 +32,7 @@ class _Post:
         self._sent: Counter[Route] = Counter()
         self._asked: Counter[Route] = Counter()
         self._lock = threading.Lock()
+        self.turn = threading.Lock()  # held by the rank that computes
         self.failed = threading.Event()
 
     def send(self, route: Route, message: tuple[Tensor, ...]) -> None:
@@ -63,17 +65,17 @@ class LoopbackTransport:
         for peer, tensors in outgoing.items():
             self._post.send((self.rank, peer, lane), tuple(tensor.detach().clone() for tensor in tensors))
         boxes = [(self._post.receive((peer, self.rank, lane)), tensors) for peer, tensors in incoming.items()]
-        return _LoopbackExchange(boxes, self._post.failed)
+        return _LoopbackExchange(boxes, self._post)
 
 
 class _LoopbackExchange:
     def __init__(
         self,
         boxes: Sequence[tuple[Box, Sequence[Tensor]]],
-        failed: threading.Event,
+        post: _Post,
     ) -> None:
         self._boxes = boxes
-        self._failed = failed
+        self._post = post
 
     def wait(self) -> None:
         for box, buffers in self._boxes:
@@ -83,14 +85,26 @@ class _LoopbackExchange:
         self._boxes = ()
 
     def _next(self, box: Box) -> tuple[Tensor, ...]:
+        try:
+            return box.get_nowait()
+        except queue.Empty:
+            self._post.turn.release()
+        try:
+            return self._later(box)
+        finally:
+            self._post.turn.acquire()
+
+    def _later(self, box: Box) -> tuple[Tensor, ...]:
         waited = 0.0
         while True:
             try:
                 return box.get(timeout=0.2)
             except queue.Empty:
-                waited += 0.2
-                if self._failed.is_set():
+                if self._post.failed.is_set():
                     raise RuntimeError("another simulated rank failed") from None
+                if self._post.turn.locked():  # somebody computes, and may send
+                    continue
+                waited += 0.2
                 if waited >= TIMEOUT_SECONDS:
                     raise RuntimeError("no message came: the simulated ranks disagree about the hops") from None
 
@@ -107,7 +121,7 @@ def run_ranks(size: int, function: Callable[[LoopbackTransport], Result]) -> lis
 
     def work(rank: int) -> None:
         try:
-            with torch.set_grad_enabled(True):
+            with post.turn, torch.set_grad_enabled(True):
                 results[rank] = function(LoopbackTransport(rank, size, post))
         except BaseException as error:  # handed to the caller below
             if not post.failed.is_set():
