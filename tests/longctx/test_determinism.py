@@ -1,4 +1,4 @@
-"""The same inputs give bitwise the same outputs and gradients, fifty times over, however threads and ranks race."""
+"""The same inputs give bitwise the same outputs and gradients, time after time, however ranks race."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from longctx.parallel.loopback import run_ranks
 from longctx.parallel.transport import ProcessGroupTransport
 from tests.support.attention import SCHEDULES, make_heads, make_problem, make_schedule, sharded
 
-TIMES = 50
+MANY = pytest.param(50, marks=pytest.mark.slow)
 
 
 def once(transport, schedule: str, dtype=torch.float32):
@@ -24,18 +24,20 @@ def same(runs) -> bool:
     return all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [5, MANY])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_simulated_ranks(schedule, dtype):
-    for runs in run_ranks(4, lambda transport: [once(transport, schedule, dtype) for _ in range(TIMES)]):
+def test_simulated_ranks(schedule, dtype, times):
+    for runs in run_ranks(4, lambda transport: [once(transport, schedule, dtype) for _ in range(times)]):
         assert same(runs)
 
 
-def on_gloo(rank: int, world_size: int, group):
+def on_gloo(rank: int, world_size: int, group, times):
     transport = ProcessGroupTransport(group)
-    return {schedule: same([once(transport, schedule) for _ in range(TIMES)]) for schedule in SCHEDULES}
+    return {schedule: same([once(transport, schedule) for _ in range(times)]) for schedule in SCHEDULES}
 
 
-def test_real_ranks(gloo_pool):
-    for results in gloo_pool.run(on_gloo, 2):
+@pytest.mark.parametrize("times", [20, MANY])
+def test_real_ranks(gloo_pool, times):
+    for results in gloo_pool.run(on_gloo, 2, times):
         assert results == dict.fromkeys(SCHEDULES, True)

@@ -4,6 +4,7 @@ n tokens per rank, H and HK heads, D channels; e bytes per element, 4 per elemen
 """
 
 import dataclasses
+import itertools
 from math import ceil
 
 import pytest
@@ -19,6 +20,7 @@ from longctx.parallel.schedules.all_gather import AllGather
 from longctx.parallel.schedules.ring import DoubleRing, Ring, Ulysses, Usp
 from longctx.parallel.transport import ProcessGroupTransport
 from tests.support.attention import LAYOUTS, SCHEDULES, make_heads, make_mask, make_problem, make_schedule
+from tests.support.pairs import covering
 
 N, D, BATCH = 6, 4, 2
 
@@ -259,13 +261,17 @@ def on_gloo(rank: int, world_size: int, group, cases):
     return results
 
 
+FACTORS = {
+    "layout": tuple(LAYOUTS),
+    "schedule": SCHEDULES,
+    "mask": ("causal", "window", "documents", "sinks_window", "prefix_documents", "per_head"),
+}
+PAIRS = [tuple(case.values()) for case in covering(FACTORS)]
+PRODUCT = pytest.param(list(itertools.product(*FACTORS.values())), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("cases", [PAIRS, PRODUCT], ids=["pairs", "product"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_the_plan_predicts_real_ranks_to_the_byte(gloo_pool, world_size):
-    cases = [
-        (layout, schedule, mask)
-        for layout in LAYOUTS
-        for schedule in SCHEDULES
-        for mask in ("causal", "window", "documents", "sinks_window", "prefix_documents", "per_head")
-    ]
+def test_the_plan_predicts_real_ranks_to_the_byte(gloo_pool, world_size, cases):
     for results in gloo_pool.run(on_gloo, world_size, cases):
         assert [case for case, right in zip(cases, results, strict=True) if right != (True, True)] == []
