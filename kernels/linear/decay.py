@@ -5,6 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longctx.kernels.linear.products import DiagonalProducts, ScalarProducts
+
 # exp of it is 0 in float64 already; gates far below it would cost the running sums of their chunk their digits.
 FLOOR = -800.0
 
@@ -64,26 +66,20 @@ class ScalarDecay:
 
     def __init__(self, g: Tensor) -> None:
         """Take `g [B, N, H, C]`."""
-        size = g.shape[-1]
         total = g.clamp(min=FLOOR).cumsum(-1)
         end = total[..., -1:]
         self.entering = torch.exp(total)[..., None]
         self.leaving = torch.exp(end - total)[..., None]
         self.across = torch.exp(end)[..., None]
-        above = g.new_full((size, size), float("-inf")).triu(1)
-        self._within = (above + total[..., :, None]).sub_(total[..., None, :]).exp_()
+        self._total = total
 
     def products(self, *rows: Tensor, k: Tensor) -> list[Tensor]:
         """Return the decayed products."""
-        return [row @ k.mT * self._within for row in rows]
+        return list(ScalarProducts.apply(self._total, k, *rows))
 
 
 class DiagonalDecay:
-    """One log decay per token, head and key dim: inside of the products, which halving keeps to decays <= 1.
-
-    In a block of 2h tokens, the products of the later h rows with the earlier h keys are those of rows that decay from
-    the middle and keys that decay up to it. Its halves go the same way, down to single tokens, which do not decay.
-    """
+    """One log decay per token, head and key dim."""
 
     def __init__(self, g: Tensor) -> None:
         """Take `g [B, N, H, C, K]`, C a power of 2."""
@@ -95,18 +91,4 @@ class DiagonalDecay:
 
     def products(self, *rows: Tensor, k: Tensor) -> list[Tensor]:
         """Return the decayed products."""
-        size, half = k.shape[-2], 1
-        results = [(row * k).sum(-1)[..., None, None] for row in rows]  # [..., blocks of one token, 1, 1]
-        while half < size:
-            blocks = (size // (2 * half), 2, half)
-            early, late = self._total.unflatten(-2, blocks).unbind(-3)
-            middle = early[..., -1:, :]
-            keys = k.unflatten(-2, blocks)[..., 0, :, :] * torch.exp(middle - early)
-            decays = torch.exp(late - middle)
-            for i, row in enumerate(rows):
-                product = (row.unflatten(-2, blocks)[..., 1, :, :] * decays) @ keys.mT
-                first, second = results[i].unflatten(-3, blocks[:2]).unbind(-3)
-                above = torch.cat([first, torch.zeros_like(first)], dim=-1)
-                results[i] = torch.cat([above, torch.cat([product, second], dim=-1)], dim=-2)
-            half *= 2
-        return [result.squeeze(-3) for result in results]
+        return list(DiagonalProducts.apply(self._total, k, *rows))
