@@ -63,10 +63,18 @@ def check(ranks: list[list], layout: Layout, total: int, reach: int) -> None:
         assert (dx - layout.shard(gradient, rank=rank, dim=1)).abs().max() < 1e-14, rank
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fill fresh memory with NaN: whoever reads what did not arrive is found out."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+
+
 @pytest.mark.parametrize("reach", [0, 1, 3, 6])
 @pytest.mark.parametrize("tokens", [1, 2, 5, 9])
 @pytest.mark.parametrize("cp", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.usefixtures("poisoned")
 def test_equal_to_slices(name, cp, tokens, reach):
     layout = make_layout(name, cp)
     total = cp * tokens
@@ -115,6 +123,6 @@ def test_sums_of_low_precision_are_wide():
         return torch.autograd.grad(out, x, dout)[0]
 
     first, _ = run_ranks(2, run)
-    # Position 0 is in front of 2 (own rank) and of 1 and 3 (the other one): 1 + 3/256 is 1 + 2/128 in bfloat16's steps of
-    # 1/128. Added one by one, each 1/256 would be lost.
+    # Position 0 is in front of 2 (own rank) and of 1 and 3 (the other one): 1 + 3/256 is 1 + 2/128 in bfloat16, whose
+    # steps are 1/128 here. Added one by one, each 1/256 would be lost.
     assert torch.equal(first[:, 0], torch.full_like(first[:, 0], 1 + 2 / 128))

@@ -12,6 +12,7 @@ from longctx.parallel.transport import ProcessGroupTransport, Transport
 
 LAYOUTS = {"contiguous": 1, "zigzag": 1, "striped1": 1, "striped3": 3, "striped16": 16}
 PAIRS = list(itertools.permutations(LAYOUTS, 2))
+GLOO_PAIRS = [("contiguous", "striped1"), ("striped1", "contiguous"), ("zigzag", "contiguous"), ("zigzag", "striped3")]
 BATCH, CHANNELS = 2, 3
 
 
@@ -44,9 +45,17 @@ def check(ranks: list[list], source: Layout, target: Layout, total: int) -> None
             assert {peer: count for peer, count in bytes_to.items() if count} == sent.bytes_to
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fill fresh memory with NaN: whoever reads what did not arrive is found out."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 16])
 @pytest.mark.parametrize("cp", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.usefixtures("poisoned")
 def test_there_and_the_gradient_back(source, target, cp, tokens):
     ways = make_layout(source, cp), make_layout(target, cp)
     check(run_ranks(cp, lambda transport: moved(transport, *ways, cp * tokens)), *ways, cp * tokens)
@@ -55,7 +64,7 @@ def test_there_and_the_gradient_back(source, target, cp, tokens):
 def on_gloo(rank: int, world_size: int, group):
     transport = ProcessGroupTransport(group)
     results = []
-    for names in PAIRS:
+    for names in GLOO_PAIRS:
         transport.traffic.hops, transport.traffic.bytes_to = 0, {}
         results.append(moved(transport, *(make_layout(name, world_size) for name in names), world_size * 7))
     return results
@@ -64,7 +73,7 @@ def on_gloo(rank: int, world_size: int, group):
 @pytest.mark.parametrize("size", [2, 4])
 def test_process_group(gloo_pool, size):
     ranks = gloo_pool.run(on_gloo, size)
-    for case, names in enumerate(PAIRS):
+    for case, names in enumerate(GLOO_PAIRS):
         check([rank[case] for rank in ranks], *(make_layout(name, size) for name in names), size * 7)
 
 

@@ -127,27 +127,29 @@ def test_any_chain(drawn, shape, method, data):
     check(run_ranks(size, lambda transport: passed(transport, links, shape, passing)), links, shape, passing)
 
 
-GLOO_LAYOUTS = ("contiguous", "zigzag", "striped3")
+GLOO_CASES = [
+    (method, name, shape)
+    for method in PASSINGS
+    for name, shape in (("contiguous", "diagonal"), ("zigzag", "dense"), ("striped3", "scalar"))
+]
 
 
 def on_gloo(rank: int, world_size: int, group):
     results = []
-    for method in PASSINGS:
-        for name in GLOO_LAYOUTS:
-            layout = make_layout(name, world_size)
-            links = chain(layout, total_of(layout))
-            for shape in TRANSITIONS:
-                results.append(passed(ProcessGroupTransport(group), links, shape, resolve_passing(method)))
+    for method, name, shape in GLOO_CASES:
+        layout = make_layout(name, world_size)
+        links = chain(layout, total_of(layout))
+        results.append(passed(ProcessGroupTransport(group), links, shape, resolve_passing(method)))
     return results
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_process_group(gloo_pool, size):
     ranks = gloo_pool.run(on_gloo, size)
-    cases = [(m, name, shape) for m in PASSINGS for name in GLOO_LAYOUTS for shape in TRANSITIONS]
-    for case, (method, name, shape) in enumerate(cases):
+    for case, (method, name, shape) in enumerate(GLOO_CASES):
         layout = make_layout(name, size)
-        check([rank[case] for rank in ranks], chain(layout, total_of(layout)), shape, resolve_passing(method))
+        links = chain(layout, total_of(layout))
+        check([rank[case] for rank in ranks], links, shape, resolve_passing(method))
 
 
 M, S = 10, 1000  # bytes
