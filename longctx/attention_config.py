@@ -1,19 +1,23 @@
 """The four factors of attention by name, as config has them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
 from longctx.kernels.mask import HeadMasks, Mask, causal, chunked, documents, full, per_head, prefix_lm, sliding_window
 from longctx.kernels.softmax.op import KERNELS
 from longctx.loss import IGNORED
+from longctx.mixers.pattern import LINEAR_KINDS, parse_layers, parse_round
 from longctx.parallel.layout import Layout, LayoutName
 from longctx.parallel.registry import ScheduleOptions, check_schedule, resolve_schedule
 from longctx.parallel.schedule import Schedule
+from longctx.parallel.state_passing import resolve_passing
 
+STATE_LAYOUTS = ("same", "contiguous", "zigzag")
+LEAST_STRIPE = 16  # tokens of the narrowest stripes between which states are passed: each has a state of its own
 MASK_KEYS = ("documents", "window", "head_windows", "sinks", "chunk", "prefix")  # who sees whom
 
 
@@ -37,6 +41,12 @@ class AttentionConfig:
         chunk: a token sees its own chunk of so many tokens only, counted from the document's start; null = no chunks.
         prefix: first tokens of each document that see each other both ways (prefix LM), and are not predicted.
         kernel: `auto`, `torch` or `reference`: who computes a tile.
+        layers: kinds of layers as a pattern such as `gdn*3 + full`, repeated over the depth, or as a list with a kind
+            for each; null = all are softmax attention under this mask. The mask's window is that of kind `window`.
+        state_layout: which positions a rank owns in linear layers: `same` as in the others, `contiguous` or `zigzag`,
+            through a relayout; null = the same where states are cheaper to pass than tokens to move, else contiguous.
+        state_passing: `ring`, `all_gather`, `log_depth` or `pipelined`: whose state arrives when.
+        state_splits: blocks that `pipelined` cuts a state into; null = 4.
     """
 
     layout: str = "striped"
@@ -54,6 +64,10 @@ class AttentionConfig:
     chunk: int | None = None
     prefix: int | None = None
     kernel: str = "auto"
+    layers: Any = None
+    state_layout: str | None = None
+    state_passing: str = "all_gather"
+    state_splits: int | None = None
 
     def validate(self) -> None:
         """Refuse unknown names and impossible products."""
@@ -78,6 +92,41 @@ class AttentionConfig:
         if self.kernel not in KERNELS:
             raise ValueError(f"attention.kernel={self.kernel} is not known; known are {', '.join(KERNELS)}")
         self._validate_mask()
+        self._validate_layers()
+
+    def _validate_layers(self) -> None:
+        kinds = {"full"} if self.layers is None else set(parse_round(self.layers))
+        linear = kinds.intersection(LINEAR_KINDS)
+        if self.layers is not None and self.windowed != ("window" in kinds):
+            key = "attention.window" if self.head_windows is None else "attention.head_windows"
+            raise ValueError(
+                f"{key} is that of layers of kind window, of which attention.layers={self.layers} names none"
+                if self.windowed
+                else f"attention.layers={self.layers} names layers of kind window: set attention.window"
+            )
+        if kinds == linear:
+            keys = ("backward", "inner", "ulysses", "innermost", "gather_heads", "chunk", "prefix", "kernel")
+            self._refuse_without("a softmax layer", keys)
+        if not linear:
+            self._refuse_without("a linear layer", ("state_layout", "state_passing", "state_splits"))
+        resolve_passing(self.state_passing, splits=self.state_splits)
+        if self.state_layout not in (None, *STATE_LAYOUTS):
+            known = ", ".join(STATE_LAYOUTS)
+            raise ValueError(f"attention.state_layout={self.state_layout} is not known; known are {known}, or null")
+        if self.state_layout == "same" and self.layout == "striped" and self.width < LEAST_STRIPE:
+            raise ValueError(
+                f"attention.state_layout=same would pass a state for every stripe of {self.width} token(s): set "
+                f"attention.width >= {LEAST_STRIPE}, another attention.layout, or attention.state_layout=contiguous"
+            )
+
+    def _refuse_without(self, what: str, keys: Sequence[str]) -> None:
+        default = AttentionConfig()
+        for key in keys:
+            if (value := getattr(self, key)) != getattr(default, key):
+                hint = "; kernels of linear layers are set by mixers.<kind>.kernel" if key == "kernel" else ""
+                raise ValueError(
+                    f"attention.{key}={value} has no effect: attention.layers={self.layers} has not {what}{hint}"
+                )
 
     def _validate_mask(self) -> None:
         for key in ("window", "chunk", "prefix"):
@@ -104,6 +153,17 @@ class AttentionConfig:
             )
 
     @property
+    def windowed(self) -> bool:
+        """Tell whether some tokens see less than all before them because of a window."""
+        return self.window is not None or self.head_windows is not None
+
+    def kinds(self, num_layers: int) -> tuple[str, ...]:
+        """Return the kind of each layer."""
+        if self.layers is None:
+            return ("window" if self.windowed else "full",) * num_layers
+        return parse_layers(self.layers, num_layers=num_layers)
+
+    @property
     def options(self) -> ScheduleOptions:
         """Return the options of the schedule."""
         return ScheduleOptions(
@@ -113,6 +173,11 @@ class AttentionConfig:
             innermost=self.innermost,
             gather_heads=self.gather_heads,
         )
+
+    def without_auto(self) -> "AttentionConfig":
+        """Return plain names for `auto`: contiguous shards, and a ring."""
+        layout = "contiguous" if self.layout == "auto" else self.layout
+        return replace(self, layout=layout, schedule="ring" if self.schedule == "auto" else self.schedule)
 
     @property
     def distributed(self) -> bool:
@@ -134,13 +199,15 @@ class AttentionConfig:
         schedule.check(cp, heads=heads, kv_heads=kv_heads)
         return schedule
 
-    def mask(self, cu_seqlens: Sequence[int]) -> Mask | HeadMasks:
-        """Return the mask of one packed sequence with these document bounds."""
+    def mask(self, cu_seqlens: Sequence[int], *, kind: str = "window") -> Mask | HeadMasks:
+        """Return the mask of one packed sequence with these document bounds, in layers `full` or `window`."""
         mask: Mask | HeadMasks = causal() if self.prefix is None else prefix_lm(self.prefix)
         if self.documents:
             mask = mask & documents(tuple(cu_seqlens))
         if self.chunk is not None:
             mask = mask & chunked(self.chunk)
+        if kind == "full":
+            return mask
         if self.head_windows is not None:
             return mask & per_head([self._window(window) for window in self.head_windows])
         return mask & self._window(self.window)

@@ -32,6 +32,7 @@ Every argument is a hydra override; without any, the default run is a small mode
 config groups, `group=choice`:
   attention=all_gather|auto|burst|double_ring|local|ring|sink_window|striped|ulysses|usp|window|zigzag
                                              token layout, schedule, mask and kernel of the attention
+  mixers=default                             what surrounds attention or recurrence in each kind of layer
   model=tiny|llama3_8b|qwen3_8b              the decoder
   data=stdlib|folder|txt|jsonl|bin           where documents come from, how they are tokenized and packed
   parallel=auto                              how ranks are arranged: replicas, shards, context parallelism
@@ -49,6 +50,7 @@ keys used most, `group.key=value` (all of them, with what they mean: the files o
                                              which positions a rank owns; auto: what is predicted to be fastest
   attention.schedule=ring|double_ring|all_gather|ulysses|usp|auto
                                              whose keys and values arrive when, and how
+  attention.layers="gdn*3 + full"            kinds of layers, softmax and linear, repeated over the depth
   attention.window=N                         keys that a token sees; attention.sinks=N first tokens stay visible
   train.steps=N                              optimizer steps of the whole run
   train.global_batch=N                       sequences per optimizer step, over all ranks

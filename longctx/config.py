@@ -25,6 +25,9 @@ from longctx.checkpoint.config import CheckpointConfig
 from longctx.data.config import DataConfig
 from longctx.engines.engine import EngineConfig
 from longctx.metrics.config import LoggerConfig
+from longctx.mixers.config import MixersConfig
+from longctx.mixers.layers import Layers
+from longctx.mixers.pattern import depth
 from longctx.model import ModelConfig
 from longctx.optim import OptimConfig, check_schedule
 from longctx.parallel.mesh import ParallelConfig
@@ -66,6 +69,7 @@ class Config:
 
     run_dir: str = "runs/default"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    mixers: MixersConfig = field(default_factory=MixersConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -81,6 +85,7 @@ class Config:
         for part in (*parts, self.logger, self.train):
             part.validate()
         self.attention.check_heads(self.model.num_heads)
+        self.mixers.validate(self.layers.used, head_dim=self.model.head_size)
         prefix = self.attention.prefix
         if prefix is not None and prefix >= self.data.seq_len:
             raise ValueError(
@@ -90,6 +95,13 @@ class Config:
         check_schedule(self.optim, total_steps=self.train.steps)
         if not self.run_dir.strip():
             raise ValueError("run_dir is empty; give the directory for checkpoints and logs")
+
+    @property
+    def layers(self) -> Layers:
+        """Return what mixes tokens in each layer."""
+        return Layers(
+            kinds=self.attention.kinds(self.model.num_layers), mixers=self.mixers, max_positions=self.data.seq_len
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the resolved config as plain JSON-able values."""
@@ -117,6 +129,9 @@ def load_config(overrides: Sequence[str]) -> Config:
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             raw = compose("train", overrides=list(overrides))
+        if raw.model.num_layers is None:
+            layers = raw.attention.layers
+            raw.model.num_layers = depth(OmegaConf.to_object(layers) if OmegaConf.is_list(layers) else layers)
         # Frozen dataclasses make read-only nodes, which a merge cannot fill.
         _set_writable(schema)
         config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
@@ -124,6 +139,8 @@ def load_config(overrides: Sequence[str]) -> Config:
         raise ValueError(_words(error)) from error
     assert isinstance(config, Config)
     config.validate()
+    if not config.layers.softmax:  # what is predicted for `auto` is softmax attention
+        config = dataclasses.replace(config, attention=config.attention.without_auto())
     return config
 
 

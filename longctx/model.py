@@ -1,23 +1,23 @@
-"""A Llama-shaped decoder. It takes positions and a way to attend, and knows no rank."""
+"""A Llama-shaped decoder of softmax and linear layers. It is told where its layers are, and knows no rank."""
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx.rope import apply_rope, rope_table
-
-RopeTable = tuple[Tensor, Tensor]
-
-
-class Attend(Protocol):
-    """Somebody's attention: `q [B, T, H, D]`, `k, v [B, T, HK, D]`, `sink_logits [H]` -> out `[B, T, H, D]`."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, sink_logits: Tensor | None) -> Tensor: ...
+from longctx.mixers.config import SoftmaxMixerConfig
+from longctx.mixers.initial import mixer_weight
+from longctx.mixers.layers import Layers
+from longctx.mixers.linear import LinearMixer
+from longctx.mixers.pattern import LINEAR_KINDS
+from longctx.mixers.place import Attend, Place
+from longctx.norms import RMSNorm
+from longctx.rope import RopeTable, apply_rope, rope_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,41 +86,35 @@ class ModelConfig:
                 raise ValueError(f"model.{name} must be > 0 and finite; given {getattr(self, name)}")
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in at least float32 (Zhang and Sennrich, arXiv 1910.07467)."""
-
-    def __init__(self, size: int, *, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype.itemsize >= 4 else x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
-
-
 class SelfAttention(nn.Module):
-    """Projections, optional QK norm and RoPE around somebody else's attention."""
+    """Projections, optional QK norm, RoPE and output gate around somebody else's attention."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, settings: SoftmaxMixerConfig) -> None:
         super().__init__()
         self.head_size = config.head_size
         self.q_proj = nn.Linear(config.dim, config.num_heads * self.head_size, bias=False)
         self.k_proj = nn.Linear(config.dim, config.num_kv_heads * self.head_size, bias=False)
         self.v_proj = nn.Linear(config.dim, config.num_kv_heads * self.head_size, bias=False)
+        gated = settings.gate == "sigmoid"
+        self.g_proj = nn.Linear(config.dim, config.num_heads * self.head_size, bias=False) if gated else None
         self.o_proj = nn.Linear(config.num_heads * self.head_size, config.dim, bias=False)
         normed = config.qk_norm == "head"
         self.q_norm = RMSNorm(self.head_size, eps=config.norm_eps) if normed else nn.Identity()
         self.k_norm = RMSNorm(self.head_size, eps=config.norm_eps) if normed else nn.Identity()
         self.sink_logits = nn.Parameter(torch.zeros(config.num_heads)) if config.sink_logits else None
+        self.rope_dim = self.head_size if settings.rope else None
 
-    def forward(self, x: Tensor, *, rope: RopeTable, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, *, rope: RopeTable | None, place: Place) -> Tensor:
         heads = (-1, self.head_size)
         q = self.q_norm(self.q_proj(x).unflatten(-1, heads))  # [B, T, H, D]
         k = self.k_norm(self.k_proj(x).unflatten(-1, heads))  # [B, T, HK, D]
         v = self.v_proj(x).unflatten(-1, heads)
-        out = attend(apply_rope(q, rope), apply_rope(k, rope), v, sink_logits=self.sink_logits)
-        return self.o_proj(out.flatten(-2))
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        out = place.attend(q, k, v, sink_logits=self.sink_logits).flatten(-2)
+        if self.g_proj is not None:
+            out = out * torch.sigmoid(self.g_proj(x))
+        return self.o_proj(out)
 
 
 class SwiGLU(nn.Module):
@@ -137,55 +131,93 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + swiglu(norm x)."""
+    """x + mixer(norm x), then x + swiglu(norm x)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = SelfAttention(config)
+        self.attention = _mixer(config, layers, index)
         self.mlp_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, *, rope: RopeTable, attend: Attend) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope=rope, attend=attend)
+    def forward(self, x: Tensor, *, rope: RopeTable | None, place: Place) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope=rope, place=place)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Decoder(nn.Module):
-    """Token ids to logits. Every op but `attend` is local to a token, so any shard of tokens in any order will do."""
+    """Token ids to logits. Only mixers look at other tokens, so any shard of tokens in any order will do."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers | None = None) -> None:
+        """Build it; without `layers` all of them are softmax attention."""
         super().__init__()
         assert config.vocab_size is not None, "the tokenizer's size is filled in before the model is built"
+        layers = layers or Layers(kinds=("full",) * config.num_layers)
+        assert len(layers.kinds) == config.num_layers, (layers.kinds, config.num_layers)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        blocks = [Block(config, layers, index) for index in range(config.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self._rope_sizes = [block.attention.rope_dim for block in blocks]
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, *, positions: Tensor, attend: Attend) -> Tensor:
-        """Return logits `[B, T, V]`.
+    def forward(self, tokens: Tensor, *, places: Sequence[Place]) -> Tensor:
+        """Return logits `[B, T', V]`, of the tokens that the last layer has.
 
         Args:
-            tokens: int64 `[B, T]`.
-            positions: int64 `[T]`, the tokens' global positions.
-            attend: somebody's attention, called once per block.
+            tokens: int64 `[B, T]`, those that the first layer has.
+            places: one for each layer; `everywhere` makes them where all layers are softmax attention at one place.
         """
         x = self.embedding(tokens)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rope = rope_table(positions, head_dim=self.config.head_size, theta=self.config.rope_theta, dtype=wide)
-        for block in self.blocks:
-            x = block(x, rope=rope, attend=attend)
+        ropes: dict[tuple[int, int], RopeTable] = {}
+        for block, size, place in zip(self.blocks, self._rope_sizes, places, strict=True):
+            if place.enter is not None:
+                x = place.enter(x)
+            x = block(x, rope=self._rope(size, place, ropes, x.dtype), place=place)
         return self.output(self.norm(x))
 
+    def _rope(
+        self, size: int | None, place: Place, made: dict[tuple[int, int], RopeTable], dtype: torch.dtype
+    ) -> RopeTable | None:
+        """Return the angles of a layer; layers at the same positions share them."""
+        if size is None:
+            return None
+        key = (size, id(place.positions))
+        if key not in made:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            made[key] = rope_table(place.positions, head_dim=size, theta=self.config.rope_theta, dtype=wide)
+        return made[key]
 
-def matmul_parameters(config: ModelConfig) -> int:
+
+def everywhere(config: ModelConfig, *, positions: Tensor, attend: Attend) -> list[Place]:
+    """Return the places of a model of softmax layers, all of which have the tokens at `positions`, int64 `[T]`."""
+    return [Place(positions=positions, attend=attend)] * config.num_layers
+
+
+@lru_cache(maxsize=8)  # asked for in every step
+def matmul_parameters(config: ModelConfig, layers: Layers | None = None) -> int:
     """Count the weights that every token is multiplied with: projections, SwiGLU and output, not the embedding."""
-    assert config.vocab_size is not None
-    attention = 2 * config.dim * config.head_size * (config.num_heads + config.num_kv_heads)
-    return config.num_layers * (attention + 3 * config.dim * config.hidden_dim) + config.dim * config.vocab_size
+    with torch.device("meta"):
+        model = Decoder(config, layers)
+    counted = sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
+    return counted if config.tie_embeddings else counted - model.embedding.weight.numel()
+
+
+def _mixer(config: ModelConfig, layers: Layers, index: int) -> SelfAttention | LinearMixer:
+    kind = layers.kinds[index]
+    if kind not in LINEAR_KINDS:
+        return SelfAttention(config, layers.mixers.softmax(kind))
+    return LinearMixer(
+        layers.mixers.linear_kind(kind),
+        layers.sizes(kind, heads=config.num_heads, head_dim=config.head_size),
+        dim=config.dim,
+        layer=index,
+        num_layers=config.num_layers,
+        norm_eps=config.norm_eps,
+    )
 
 
 @torch.no_grad()
@@ -195,10 +227,13 @@ def initial_weight(name: str, shape: torch.Size, *, config: ModelConfig, seed: i
     Independent of the other parameters, of the mesh and of who owns which shard: every launch of a seed starts from the
     same model.
     """
-    if len(shape) == 1:  # norms are neutral at 1, logits at 0
-        return torch.zeros(shape) if name.endswith("sink_logits") else torch.ones(shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    own = mixer_weight(name, shape, generator=generator)
+    if own is not None:
+        return own
+    if len(shape) == 1:  # norms are neutral at 1, logits and biases at 0
+        return torch.zeros(shape) if name.endswith(("sink_logits", ".bias")) else torch.ones(shape)
     residual = name.endswith(("o_proj.weight", "down_proj.weight"))
     std = config.init_std / (2 * config.num_layers) ** 0.5 if residual else config.init_std
     return torch.empty(shape).normal_(0.0, std, generator=generator)

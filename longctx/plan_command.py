@@ -9,6 +9,7 @@ import torch
 from longctx.cli import PLAN_HELP, take_number
 from longctx.config import Config, load_config
 from longctx.data.prepare import prepare
+from longctx.engines.engine import DTYPES
 from longctx.kernels.mask import HeadMasks, Mask
 from longctx.parallel.balance import balance_of, describe
 from longctx.parallel.cost import traffic
@@ -17,6 +18,8 @@ from longctx.parallel.plan import Plan, plan
 from longctx.parallel.schedule import Shape
 from longctx.setup import choose_attention, heads, layer_shape, open_stream, with_vocabulary
 from longctx.simulated import simulated_degrees
+from longctx.stack import describe_linear, stack_shape
+from longctx.stack_traffic import choose_state_layout
 
 MANY_RANKS, MANY_HOPS = 16, 8  # what a table shows
 
@@ -46,11 +49,24 @@ def show(config: Config, *, degrees: Degrees, per_machine: int) -> None:
         choice = choose_attention(config, stream, degrees=degrees, per_machine=per_machine, device=torch.device("cpu"))
         print(choice.explain())
         config = dataclasses.replace(config, attention=choice.config)
-    mask, shape, total = config.attention.mask(stream.sample(0).cu_seqlens), layer_shape(config), config.data.seq_len
-    plans = _plans(config, mask, degrees=degrees, per_machine=per_machine)
-    first = plans[0]
-    print(f"plan: {describe(first.layout, [mask], first.schedule, total=total, shape=shape)}")
-    print("\n".join(table(plans, shape)))
+    shape, total = layer_shape(config), config.data.seq_len
+    for kind in config.layers.softmax_kinds:
+        mask = config.attention.mask(stream.sample(0).cu_seqlens, kind=kind)
+        plans = _plans(config, mask, degrees=degrees, per_machine=per_machine)
+        first = plans[0]
+        where = "" if config.attention.layers is None else f" of {kind} layers"
+        print(f"plan{where}: {describe(first.layout, [mask], first.schedule, total=total, shape=shape)}")
+        print("\n".join(table(plans, shape)))
+    stack = stack_shape(
+        config.attention,
+        layers=config.layers,
+        model=config.model,
+        cp=degrees.cp,
+        total=total,
+        dtype=DTYPES[config.engine.dtype],
+    )
+    for line in describe_linear(stack, states=choose_state_layout(stack, config.attention.state_layout)):
+        print(line)
 
 
 def table(plans: Sequence[Plan], shape: Shape) -> list[str]:

@@ -8,10 +8,10 @@ their cosines and sines are rounded.
 import torch
 from torch import Tensor
 
+RopeTable = tuple[Tensor, Tensor]
 
-def rope_table(
-    positions: Tensor, *, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
+
+def rope_table(positions: Tensor, *, head_dim: int, theta: float, dtype: torch.dtype = torch.float32) -> RopeTable:
     """Return cosines and sines for this rank's tokens.
 
     Args:
@@ -28,7 +28,7 @@ def rope_table(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rope(x: Tensor, table: RopeTable) -> Tensor:
     """Rotate `x [B, T, H, D]`; dimension i pairs with i + D / 2 (the Llama convention). Returns x's dtype."""
     cos, sin = (part[None, :, None, :] for part in table)
     first, second = x.to(cos.dtype).chunk(2, dim=-1)

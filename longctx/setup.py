@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.attention import ContextParallelAttention
 from longctx.attention_config import MASK_KEYS, AttentionConfig
 from longctx.batch import BatchSource
 from longctx.checkpoint.checkpointer import Checkpointer
@@ -23,9 +22,12 @@ from longctx.data.stream import PackedStream
 from longctx.data.tokenizer import build_tokenizer
 from longctx.engines.build import build_engine
 from longctx.engines.engine import DTYPES, Engine
-from longctx.kernels.contract import LocalKernel, Request
+from longctx.kernels.contract import Request
+from longctx.kernels.linear.op import resolve_kernel as resolve_linear_kernel
 from longctx.kernels.softmax.op import resolve_kernel
 from longctx.metrics.flops import gpu_peak
+from longctx.mixers.layers import Layers
+from longctx.mixers.shape import linear_shape
 from longctx.model import ModelConfig
 from longctx.parallel.links import Speeds, resolve_speeds
 from longctx.parallel.mesh import Degrees, build_far_group, build_mesh, resolve_degrees
@@ -33,6 +35,7 @@ from longctx.parallel.ranks import Ranks
 from longctx.parallel.schedule import Shape
 from longctx.parallel.transport import ProcessGroupTransport
 from longctx.planner import SAMPLES, Choice, choose
+from longctx.stack import build_stack
 
 
 @dataclass(kw_only=True)
@@ -72,18 +75,35 @@ def check_world(config: Config, *, world_size: int, per_machine: int) -> Degrees
     return degrees
 
 
-def check_kernel(config: Config, *, device_type: str) -> LocalKernel:
-    """Return the kernel that will compute the tiles, or refuse a named one that cannot."""
-    request = Request(
-        device_type=device_type,
-        dtype=DTYPES[config.engine.dtype],
-        head_dim=config.model.head_size,
-        v_head_dim=config.model.head_size,
-        num_heads=config.model.num_heads,
-        num_kv_heads=config.model.num_kv_heads,
-        softcap=config.model.softcap is not None,
-    )
-    return resolve_kernel(config.attention.kernel, request)
+def check_kernel(config: Config, *, device_type: str) -> dict[str, str]:
+    """Return the name of the kernel that will compute each kind of layer, or refuse a named one that cannot.
+
+    All softmax layers, whatever their kind, are computed by the one that stands under `softmax`.
+    """
+    layers, model, dtype = config.layers, config.model, DTYPES[config.engine.dtype]
+    kernels: dict[str, str] = {}
+    if layers.softmax:
+        request = Request(
+            device_type=device_type,
+            dtype=dtype,
+            head_dim=model.head_size,
+            v_head_dim=model.head_size,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            softcap=model.softcap is not None,
+        )
+        kernels["softmax"] = resolve_kernel(config.attention.kernel, request).name
+    for kind in layers.linear_kinds:
+        shape = linear_shape(layers, kind, heads=model.num_heads, head_dim=model.head_size)
+        try:
+            found = [
+                resolve_linear_kernel(shape.kernel, request)
+                for request in shape.requests(device_type=device_type, dtype=dtype)
+            ]
+        except ValueError as error:
+            raise ValueError(f"mixers.{kind}.kernel={shape.kernel}: {error}") from error
+        kernels[kind] = found[0].name
+    return kernels
 
 
 def heads(config: Config) -> dict[str, int]:
@@ -109,11 +129,15 @@ def speeds(config: Config, *, device: torch.device) -> Speeds:
 def choose_attention(
     config: Config, stream: PackedStream, *, degrees: Degrees, per_machine: int, device: torch.device
 ) -> Choice:
-    """Predict what is fastest for the run's first sequences, where config leaves layout or schedule open."""
+    """Predict what is fastest for the run's first sequences, where config leaves layout or schedule open.
+
+    It is chosen for the softmax layers; where some see everything and some a window, for those that see everything.
+    """
     count = min(SAMPLES, stream.samples_per_epoch)
+    kind = "full" if "full" in config.layers.used else "window"
     return choose(
         config.attention,
-        [config.attention.mask(stream.sample(index).cu_seqlens) for index in range(count)],
+        [config.attention.mask(stream.sample(index).cu_seqlens, kind=kind) for index in range(count)],
         total=config.data.seq_len,
         cp=degrees.cp,
         shape=layer_shape(config),
@@ -171,26 +195,27 @@ def setup(
         config = dataclasses.replace(config, attention=choice.config)
     # This mesh is for data and attention; parameters lie on one of their own over the same ranks (the engine's).
     mesh = build_mesh(degrees, device_type=device.type)
-    attention = ContextParallelAttention(
-        layout=config.attention.make_layout(degrees.cp),
-        schedule=config.attention.make_schedule(degrees.cp, **heads(config), per_machine=per_machine),
+    stack = build_stack(
+        config.attention,
+        layers=config.layers,
+        model=model,
+        total=config.data.seq_len,
+        dtype=DTYPES[config.engine.dtype],
         transport=ProcessGroupTransport(
             mesh.get_group("cp"), far_group=build_far_group(mesh, config.attention.schedule)
         ),
-        kernel=config.attention.kernel,
+        per_machine=per_machine,
     )
     engine = build_engine(
         config.engine,
-        model=model,
         optim=config.optim,
-        attention=attention,
+        stack=stack,
         degrees=degrees,
         device=device,
         seed=config.train.seed,
     )
     batches = BatchSource(
-        attention=attention,
-        config=config.attention,
+        stack=stack,
         device=device,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
@@ -220,6 +245,8 @@ def resume(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any]]:
         raise ValueError(f"checkpoint {path}: extra.json lacks {', '.join(absent)}; set checkpoint.resume to another")
     # A checkpoint from before a key existed means the key's default.
     compare_models({"softcap": None, "sink_logits": False, **saved["model"]}, model_shape(run))
+    layers = saved.get("layers", Layers(kinds=("full",)).arithmetic(run.model.num_heads, run.model.head_size))
+    compare_models(layers, layer_stack(run), prefix="layer stack")
     compare_models(saved["data_order"], data_order(run), prefix="data order")
     changed = mask_changes(saved.get("config", {}).get("attention", {}), run.config.attention)
     if changed:
@@ -247,6 +274,11 @@ def model_shape(run: Run) -> dict[str, Any]:
     shape = {**dataclasses.asdict(run.model), "head_dim": run.model.head_size}
     del shape["init_std"]
     return shape
+
+
+def layer_stack(run: Run) -> dict[str, Any]:
+    """Return what decides the arithmetic of what mixes tokens, likewise; masks may change, and are told."""
+    return run.config.layers.arithmetic(run.model.num_heads, run.model.head_size)
 
 
 def data_order(run: Run) -> dict[str, Any]:

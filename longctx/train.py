@@ -34,11 +34,13 @@ from longctx.setup import (
     check_world,
     data_order,
     layer_shape,
+    layer_stack,
     model_shape,
     resume,
     set_aside,
     setup,
 )
+from longctx.stack import describe_linear
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +90,7 @@ def train(
         ranks = stack.enter_context(Ranks())
         say: Callable[[str], None] = _print if ranks.first else _silent
         ranks.check_equal(config.digest(), what="the configuration")
-        kernel = check_kernel(config, device_type=device.type)
+        kernels = check_kernel(config, device_type=device.type)
         run = setup(config, degrees=degrees, per_machine=per_machine, device=device, ranks=ranks, say=say)
         config = run.config
         # The lock is left last: the checkpoint under way when the loop ends belongs to this run.
@@ -108,7 +110,7 @@ def train(
             lambda: peak_flops(device.type, DTYPES[config.engine.dtype], override=config.logger.peak_flops)
         )
         if ranks.first:
-            announce(run, peak=peak, kernel=kernel.name, step=step)
+            announce(run, peak=peak, kernels=kernels, step=step)
         logger = ranks.all_succeed(
             lambda: MetricsLogger(
                 config.logger,
@@ -143,11 +145,11 @@ def loop(run: Run, *, checkpointer: Checkpointer, logger: MetricsLogger, meter: 
         result = run.engine.train_step(micro_batches, lr=lr)
         flops = model_flops_per_step(
             tokens=run.tokens_per_step,
-            num_params_in_matmuls=matmul_parameters(run.model),
+            num_params_in_matmuls=matmul_parameters(run.model, run.config.layers),
             visible_pairs=result.visible_pairs,
             num_heads=run.model.num_heads,
             head_dim=run.model.head_size,
-            num_layers=run.model.num_layers,
+            recurrences=run.batches.stack.shape.linear_flops_per_token,
         )
         measured = meter.end(tokens=run.tokens_per_step, model_flops=flops)
         step += 1
@@ -174,7 +176,7 @@ def evaluate(run: Run, *, step: int, logger: MetricsLogger) -> None:
     available = run.held_out.samples
     count = min(run.config.train.eval_samples, available)
     indices = [i * available // count for i in range(count)]
-    loss = run.engine.evaluate(run.batches.evaluation(run.held_out, indices))
+    loss = run.engine.evaluate(run.batches.evaluation(run.held_out, indices, step=step))
     logger.evaluation(step, {"held_out_loss": loss})
 
 
@@ -187,6 +189,7 @@ def save(run: Run, *, checkpointer: Checkpointer, step: int, logger: MetricsLogg
         "tokens_seen": step * run.tokens_per_step,
         "lr": lr_at(step - 1, config=config.optim, total_steps=config.train.steps),
         "model": model_shape(run),
+        "layers": layer_stack(run),
         "data_order": data_order(run),
         "config": config.as_dict(),
         "code_version": code_version(),
@@ -204,12 +207,11 @@ def save_config(run_dir: Path, config: Config) -> None:
         raise ValueError(f"the run directory {run_dir} cannot be written ({error}); set run_dir") from error
 
 
-def announce(run: Run, *, peak: Peak, kernel: str, step: int) -> None:
+def announce(run: Run, *, peak: Peak, kernels: dict[str, str], step: int) -> None:
     """Print what is about to run, and the plan of the first sequence (rank 0)."""
-    config, degrees, attention = run.config, run.degrees, run.batches.attention
+    config, degrees, stack = run.config, run.degrees, run.batches.stack
     train, seq_len = config.train, config.data.seq_len
     sample = run.training.sample(step * train.global_batch)
-    mask = config.attention.mask(sample.cu_seqlens)
     accumulation = grad_accum_steps(global_batch=train.global_batch, micro_batch=train.micro_batch, dp_size=degrees.dp)
     run.say(
         f"model: {run.engine.num_parameters:,} parameters, {config.engine.dtype}, engine.parameters="
@@ -220,9 +222,15 @@ def announce(run: Run, *, peak: Peak, kernel: str, step: int) -> None:
         f"step: {run.tokens_per_step:,} tokens = {train.global_batch} x {seq_len:,} ({accumulation} micro-batch(es) of "
         f"{train.micro_batch} per data-parallel rank); an epoch has {run.training.samples_per_epoch:,} sequences"
     )
-    told = describe(attention.layout, [mask], attention.schedule, total=seq_len, shape=layer_shape(config))
-    run.say(f"plan: {told}; kernel {kernel}")
-    if kernel == "reference" and config.attention.kernel == "auto":
+    for kind, mask in stack.masks(sample.cu_seqlens).items():
+        told = describe(stack.softmax.layout, [mask], stack.softmax.schedule, total=seq_len, shape=layer_shape(config))
+        where = f" of {kind} layers" if config.attention.layers is not None else ""
+        run.say(f"plan{where}: {told}; kernel {kernels['softmax']}")
+    for line in describe_linear(stack.shape, states=stack.states, sequences=train.global_batch // degrees.dp):
+        run.say(line)
+    for kind in stack.layers.linear_kinds:
+        run.say(f"kernel of {kind}: {kernels[kind]}")
+    if kernels.get("softmax") == "reference" and config.attention.kernel == "auto":
         run.say("note: no fast kernel serves this device, dtype and head size: the reference kernel is slow")
     if run.held_out is None:
         run.say("note: nothing is evaluated (data.held_out or train.eval_samples is 0)")

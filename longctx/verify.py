@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         overrides, tokens = take_number(arguments, "--tokens", what="tokens per rank")
         config = load_config(overrides)
+        _refuse_layers(config)
         if launch.launched:
             return _on_real_ranks(config, launch, tokens)
         return _on_simulated_ranks(config, tokens)
@@ -148,6 +149,14 @@ def verify_ranks(
             for finding in everywhere(ranks.gather(_attempt(name, check))):
                 table.add(finding)
         return _conclude(table, begin)
+
+
+def _refuse_layers(config: Config) -> None:
+    if config.attention.layers is not None:
+        raise ValueError(
+            f"longctx verify does not check attention.layers={config.attention.layers} yet; it checks softmax attention "
+            "under the same mask with attention.layers=null"
+        )
 
 
 def _attempt(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:

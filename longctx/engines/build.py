@@ -2,26 +2,22 @@
 
 import torch
 
-from longctx.attention import ContextParallelAttention
 from longctx.engines.engine import Engine, EngineConfig
 from longctx.engines.native import NativeEngine
-from longctx.model import ModelConfig
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import Degrees
+from longctx.stack import Stack
 
 
 def build_engine(
     config: EngineConfig,
     *,
-    model: ModelConfig,
     optim: OptimConfig,
-    attention: ContextParallelAttention,
+    stack: Stack,
     degrees: Degrees,
     device: torch.device,
     seed: int,
 ) -> Engine:
     """Return the engine called `config.name`, with initial weights that depend on `seed` alone (collective)."""
     engines = {"native": NativeEngine}
-    return engines[config.name](
-        config=config, model=model, optim=optim, attention=attention, degrees=degrees, device=device, seed=seed
-    )
+    return engines[config.name](config=config, optim=optim, stack=stack, degrees=degrees, device=device, seed=seed)

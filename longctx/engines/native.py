@@ -10,13 +10,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from longctx.attention import ContextParallelAttention
 from longctx.batch import MicroBatch
 from longctx.engines.engine import DTYPES, EngineConfig, StepResult
 from longctx.loss import token_loss_sum
+from longctx.mixers.transition import Transition
 from longctx.model import Decoder, ModelConfig, initial_weight
 from longctx.optim import OptimConfig, build_optimizer, clip_grad_norm, set_lr
 from longctx.parallel.mesh import Degrees, build_parameter_mesh
+from longctx.stack import Stack
 
 
 class NativeEngine:
@@ -32,9 +33,8 @@ class NativeEngine:
         self,
         *,
         config: EngineConfig,
-        model: ModelConfig,
         optim: OptimConfig,
-        attention: ContextParallelAttention,
+        stack: Stack,
         degrees: Degrees,
         device: torch.device,
         seed: int,
@@ -43,11 +43,10 @@ class NativeEngine:
         replicas = dist.get_world_size() if config.parameters == "replicate" else degrees.dp_replicate
         mesh = build_parameter_mesh(replicas, device_type=device.type)
         self._shard_group = mesh.get_group("shard")
-        self._attention = attention
-        self._softcap = model.softcap
+        self._stack = stack
         self._device = device
         with torch.device("meta"):
-            self.model = Decoder(model)
+            self.model = Decoder(stack.model, stack.layers)
         if config.dtype == "float64":
             self.model.to(torch.float64)
         # Inputs keep their dtype: the cosines and sines of RoPE pass through the blocks and must stay float32.
@@ -55,14 +54,18 @@ class NativeEngine:
         policy = MixedPrecisionPolicy(
             param_dtype=low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
         )
-        for module in (*self.model.blocks, self.model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+        # The gates of linear layers are never 16-bit: groups of their own, which keep the parameters' dtype.
+        gates = [each for each in self.model.modules() if isinstance(each, Transition) and list(each.parameters())]
+        groups = [(gate, MixedPrecisionPolicy(cast_forward_inputs=False)) for gate in gates if low]
+        groups += [(module, policy) for module in (*self.model.blocks, self.model)]
+        for module, own in groups:
+            fully_shard(module, mesh=mesh, mp_policy=own)
             assert isinstance(module, FSDPModule)
             # Sum, not mean: the loss is divided by the global count of labels instead. gloo has no pre-multiplied sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
         self.model.to_empty(device=device)
-        _initialise(self.model, config=model, seed=seed)
+        _initialise(self.model, config=stack.model, seed=seed)
         self.optimizer = build_optimizer(self.model, optim)
         self._max_norm = optim.clip_grad_norm
 
@@ -122,10 +125,8 @@ class NativeEngine:
         return self.model
 
     def _loss_sum(self, batch: MicroBatch) -> Tensor:
-        def attend(q: Tensor, k: Tensor, v: Tensor, *, sink_logits: Tensor | None) -> Tensor:
-            return self._attention(q, k, v, plan=batch.plan, softcap=self._softcap, sink_logits=sink_logits)
-
-        return token_loss_sum(self.model(batch.tokens, positions=batch.positions, attend=attend), batch.labels)
+        logits = self.model(batch.tokens, places=self._stack.places(batch.plan))
+        return token_loss_sum(logits, batch.labels)
 
     def _sum(self, counts: Sequence[int]) -> list[int]:
         """Sum integers over all ranks."""

@@ -20,13 +20,14 @@ def dense_flops_per_token(num_params_in_matmuls: int) -> int:
     return 6 * num_params_in_matmuls
 
 
-def attention_flops(*, visible_pairs: int, num_heads: int, head_dim: int, num_layers: int) -> int:
-    """Return the forward and backward FLOPs of softmax attention: 12 per visible pair, head, channel and layer.
+def attention_flops(*, visible_pairs: int, num_heads: int, head_dim: int) -> int:
+    """Return the forward and backward FLOPs of softmax attention: 12 per visible pair, head and channel.
 
-    A pair is one (query position, key position) that the mask lets through, summed over all sequences of the step.
+    A pair is one (query position, key position) that the mask lets through, summed over all layers and all sequences of
+    the step.
     Forward: q k^T and p v, 2 FLOPs each per channel. Backward: dq, dk, dv and dp, 2 each; recomputing p is not counted.
     """
-    return 12 * visible_pairs * num_heads * head_dim * num_layers
+    return 12 * visible_pairs * num_heads * head_dim
 
 
 def model_flops_per_step(
@@ -36,12 +37,16 @@ def model_flops_per_step(
     visible_pairs: int,
     num_heads: int,
     head_dim: int,
-    num_layers: int,
+    recurrences: int = 0,
 ) -> int:
-    """Return the model FLOPs of one optimizer step over all ranks: the matmuls of `tokens`, and attention."""
-    return tokens * dense_flops_per_token(num_params_in_matmuls) + attention_flops(
-        visible_pairs=visible_pairs, num_heads=num_heads, head_dim=head_dim, num_layers=num_layers
-    )
+    """Return the model FLOPs of one optimizer step over all ranks: the matmuls of `tokens`, and what mixes them.
+
+    Args:
+        visible_pairs, num_heads, head_dim: of softmax attention.
+        recurrences: FLOPs per token of all linear layers, forward and backward.
+    """
+    softmax = attention_flops(visible_pairs=visible_pairs, num_heads=num_heads, head_dim=head_dim)
+    return tokens * (dense_flops_per_token(num_params_in_matmuls) + recurrences) + softmax
 
 
 class Peak(NamedTuple):

@@ -8,8 +8,10 @@ from torch import Tensor
 from longctx.attention import ContextParallelAttention
 from longctx.batch import shard_samples
 from longctx.kernels.mask import plain_masks
+from longctx.mixers.layers import Layers
 from longctx.parallel.transport import Transport
 from longctx.rope import rope_table
+from longctx.stack import Stack, build_stack
 from longctx.verification.bench import Bench
 from longctx.verification.report import Finding, at_most, none_wrong
 from longctx.verification.small import Small
@@ -19,11 +21,10 @@ def check_data(small: Small, bench: Bench) -> list[Finding]:
     """Check layout, positions, tokens, labels and masks."""
 
     def shards(transport: Transport) -> dict[str, Tensor]:
-        batch = shard_samples(
-            small.samples, attention=attention_of(small, transport), config=small.attention, device=bench.device
-        )
-        count = torch.tensor(batch.num_labels)
-        return {"tokens": batch.tokens, "labels": batch.labels, "positions": batch.positions, "count": count}
+        stack = stack_of(small, transport)
+        batch = shard_samples(small.samples, stack=stack, device=bench.device)
+        count, positions = torch.tensor(batch.num_labels), batch.plan.positions[stack.first]
+        return {"tokens": batch.tokens, "labels": batch.labels, "positions": positions, "count": count}
 
     ranks = bench.run(shards)
     positions = torch.cat([rank["positions"] for rank in ranks])
@@ -41,6 +42,19 @@ def attention_of(small: Small, transport: Transport) -> ContextParallelAttention
     """Return the attention that training would use, of one rank."""
     return ContextParallelAttention(
         layout=small.layout, schedule=small.schedule, transport=transport, kernel=small.source.attention.kernel
+    )
+
+
+def stack_of(small: Small, transport: Transport) -> Stack:
+    """Return the layers that training would use, of one rank."""
+    return build_stack(
+        small.attention,
+        layers=Layers(kinds=small.attention.kinds(small.model.num_layers)),
+        model=small.model,
+        total=small.total,
+        dtype=torch.float64,
+        transport=transport,
+        per_machine=small.per_machine,
     )
 
 

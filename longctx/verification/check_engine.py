@@ -11,7 +11,7 @@ from longctx.model import Decoder, initial_weight
 from longctx.parallel.mesh import Degrees
 from longctx.parallel.transport import Transport
 from longctx.verification.check_attention import EXACT
-from longctx.verification.check_data import attention_of
+from longctx.verification.check_data import stack_of
 from longctx.verification.check_model import dense_loss_and_grads
 from longctx.verification.report import Finding, at_most
 from longctx.verification.small import Small
@@ -20,20 +20,17 @@ from longctx.verification.small import Small
 def check_engine(small: Small, transport: Transport, *, degrees: Degrees, device: torch.device) -> list[Finding]:
     """Take one step in float64 with the same samples on every dp rank, which changes no mean (collective)."""
     config = small.source
-    attention = attention_of(small, transport)
+    stack = stack_of(small, transport)
     engine = build_engine(
         dataclasses.replace(config.engine, dtype="float64"),
-        model=small.model,
         optim=config.optim,
-        attention=attention,
+        stack=stack,
         degrees=degrees,
         device=device,
         seed=config.train.seed,
     )
     # A micro-batch for each sample: gradients are accumulated, as in training.
-    batches = [
-        shard_samples([sample], attention=attention, config=small.attention, device=device) for sample in small.samples
-    ]
+    batches = [shard_samples([sample], stack=stack, device=device) for sample in small.samples]
     step = engine.train_step(batches, lr=config.optim.lr)
     model = Decoder(small.model).double()
     with torch.no_grad():

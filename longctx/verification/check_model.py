@@ -7,15 +7,15 @@ import copy
 import torch
 from torch import Tensor
 
-from longctx.batch import MicroBatch, shard_samples
+from longctx.batch import shard_samples
 from longctx.kernels.softmax.reference import dense_attention
 from longctx.loss import token_loss_sum
-from longctx.model import Decoder, initial_weight
+from longctx.model import Decoder, everywhere, initial_weight
 from longctx.parallel.transport import Transport
 from longctx.verification.attend import kernel_name
 from longctx.verification.bench import Bench
 from longctx.verification.check_attention import EXACT
-from longctx.verification.check_data import attention_of, where
+from longctx.verification.check_data import stack_of, where
 from longctx.verification.report import Finding, at_most
 from longctx.verification.small import Small
 
@@ -29,8 +29,9 @@ def check_model(small: Small, bench: Bench) -> list[Finding]:
 
     def work(transport: Transport) -> tuple[Tensor, list[Tensor]]:
         mine = copy.deepcopy(model).to(bench.device)
-        batch = _batch(small, transport, bench)
-        loss = token_loss_sum(_logits(small, mine, batch, transport), batch.labels) / max(labels, 1)
+        stack = stack_of(small, transport)
+        batch = shard_samples(small.samples, stack=stack, device=bench.device)
+        loss = token_loss_sum(mine(batch.tokens, places=stack.places(batch.plan)), batch.labels) / max(labels, 1)
         return loss.detach(), list(torch.autograd.grad(loss, list(mine.parameters())))
 
     ranks = bench.run(work)
@@ -73,25 +74,19 @@ def check_model_leaks(small: Small, bench: Bench) -> Finding:
     probed = torch.linspace(0, small.total - 1, count).round().long()
     changed = tokens.repeat(count, 1)
     changed[torch.arange(count), probed] = (tokens[probed] + 1) % len(small.document_of_token)
-    mask = small.masks[:1]
 
     @torch.no_grad()
     def work(transport: Transport) -> tuple[Tensor, Tensor]:
-        layout, attention = small.layout, attention_of(small, transport)
+        stack = stack_of(small, transport)
         mine = copy.deepcopy(model).to(bench.device)
-        batch = _batch(small, transport, bench)
-        plan = attention.plan(mask, total=small.total)
+        plan = stack.plan([small.samples[0].cu_seqlens], total=small.total, device=bench.device)
 
         def logits(whole: Tensor) -> Tensor:
-            shard = layout.shard(whole, rank=transport.rank, dim=1).to(bench.device)
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, *, sink_logits: Tensor | None) -> Tensor:
-                return attention(q, k, v, plan=plan, softcap=small.model.softcap, sink_logits=sink_logits)
-
-            return mine(shard, positions=batch.positions, attend=attend)
+            shard = stack.first.shard(whole, rank=transport.rank, dim=1).to(bench.device)
+            return mine(shard, places=stack.places(plan))
 
         moved = (logits(changed) != logits(tokens.repeat(count, 1))).any(dim=-1)
-        return moved, batch.positions
+        return moved, plan.positions[stack.last]
 
     ranks = bench.run(work)
     moved = torch.zeros(count, small.total, dtype=torch.bool)
@@ -143,23 +138,9 @@ def dense_loss_and_grads(small: Small, model: Decoder) -> tuple[float, list[Tens
         def attend(q: Tensor, k: Tensor, v: Tensor, *, sink_logits: Tensor | None, seen: Tensor = seen) -> Tensor:
             return dense_attention(q, k, v, allowed=seen, softcap=small.model.softcap, sink_logits=sink_logits)[0]
 
-        logits = model(tokens[None], positions=torch.arange(small.total), attend=attend)
+        places = everywhere(small.model, positions=torch.arange(small.total), attend=attend)
+        logits = model(tokens[None], places=places)
         losses.append(token_loss_sum(logits, labels[None]))
     labels_that_count = sum(int((each >= 0).sum()) for each in small.labels)
     loss = torch.stack(losses).sum() / max(labels_that_count, 1)
     return float(loss.detach()), list(torch.autograd.grad(loss, list(model.parameters())))
-
-
-def _batch(small: Small, transport: Transport, bench: Bench) -> MicroBatch:
-    return shard_samples(
-        small.samples, attention=attention_of(small, transport), config=small.attention, device=bench.device
-    )
-
-
-def _logits(small: Small, model: Decoder, batch: MicroBatch, transport: Transport) -> Tensor:
-    attention = attention_of(small, transport)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, sink_logits: Tensor | None) -> Tensor:
-        return attention(q, k, v, plan=batch.plan, softcap=small.model.softcap, sink_logits=sink_logits)
-
-    return model(batch.tokens, positions=batch.positions, attend=attend)

@@ -10,7 +10,8 @@ from longctx.config import load_config
 from longctx.kernels.mask import causal
 from longctx.kernels.softmax.reference import dense_attention
 from longctx.loss import token_loss_sum
-from longctx.model import Decoder, ModelConfig, RMSNorm, initial_weight, matmul_parameters
+from longctx.model import Decoder, ModelConfig, everywhere, initial_weight, matmul_parameters
+from longctx.norms import RMSNorm
 
 SMALL = ModelConfig(vocab_size=19, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=24)
 
@@ -21,6 +22,10 @@ def build(config: ModelConfig) -> Decoder:
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_weight(name, parameter.shape, config=config, seed=0))
     return model.double()
+
+
+def run(model, tokens, *, positions, attend):
+    return model(tokens, places=everywhere(model.config, positions=positions, attend=attend))
 
 
 def causal_attention(q, k, v, *, sink_logits=None):
@@ -44,7 +49,7 @@ def test_published_shapes_build_on_the_meta_device(name, parameters):
 def test_gradients_reach_every_parameter(qk_norm, tie):
     model = build(dataclasses.replace(SMALL, qk_norm=qk_norm, tie_embeddings=tie))
     tokens = torch.arange(10)[None] % 19
-    logits = model(tokens, positions=torch.arange(10), attend=causal_attention)
+    logits = run(model, tokens, positions=torch.arange(10), attend=causal_attention)
     assert logits.shape == (1, 10, 19)
     token_loss_sum(logits, tokens.roll(-1, 1)).backward()
     for name, parameter in model.named_parameters():
@@ -61,8 +66,8 @@ def test_tokens_may_come_in_any_order_with_their_positions():
     def shuffled(q, k, v, *, sink_logits=None):
         return causal_attention(q[:, inverse], k[:, inverse], v[:, inverse])[:, order]
 
-    plain = model(tokens, positions=torch.arange(12), attend=causal_attention)
-    moved = model(tokens[:, order], positions=order, attend=shuffled)
+    plain = run(model, tokens, positions=torch.arange(12), attend=causal_attention)
+    moved = run(model, tokens[:, order], positions=order, attend=shuffled)
     assert (moved[:, inverse] - plain).abs().max() < 1e-12
 
 
@@ -128,6 +133,6 @@ def test_sink_logits_start_at_zero_and_learn():
         allowed = causal().allowed(positions, positions)
         return dense_attention(q, k, v, allowed=allowed, sink_logits=sink_logits)[0]
 
-    token_loss_sum(model(tokens, positions=positions, attend=attend), tokens.roll(-1, 1)).backward()
+    token_loss_sum(run(model, tokens, positions=positions, attend=attend), tokens.roll(-1, 1)).backward()
     for block in model.blocks:
         assert block.attention.sink_logits.grad.abs().min() > 0

@@ -5,33 +5,35 @@ import dataclasses
 import pytest
 import torch
 
-from longctx.attention import ContextParallelAttention
 from longctx.attention_config import AttentionConfig
 from longctx.batch import shard_samples
 from longctx.data.stream import Sample
 from longctx.engines.build import build_engine
 from longctx.engines.engine import EngineConfig
+from longctx.mixers.layers import Layers
 from longctx.model import ModelConfig
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import Degrees
-from longctx.parallel.registry import resolve_schedule
 from longctx.parallel.transport import ProcessGroupTransport
+from longctx.stack import build_stack
 
 MODEL = ModelConfig(vocab_size=19, dim=16, num_layers=1, num_heads=2, num_kv_heads=1, hidden_dim=24)
 
 
 def build(group, world_size: int, dtype: str):
-    config = AttentionConfig()
-    attention = ContextParallelAttention(
-        layout=config.make_layout(world_size),
-        schedule=resolve_schedule(config.schedule),
+    stack = build_stack(
+        AttentionConfig(),
+        layers=Layers(kinds=("full",)),
+        model=MODEL,
+        total=12,
+        dtype=torch.float32,
         transport=ProcessGroupTransport(group),
+        per_machine=world_size,
     )
     engine = build_engine(
         EngineConfig(dtype=dtype, parameters="shard"),
-        model=MODEL,
         optim=OptimConfig(),
-        attention=attention,
+        stack=stack,
         degrees=Degrees(1, 1, world_size),
         device=torch.device("cpu"),
         seed=0,
@@ -40,7 +42,7 @@ def build(group, world_size: int, dtype: str):
     labels = tokens.copy()
     labels[[3, 11]] = -100
     sample = Sample(tokens=tokens, labels=labels, cu_seqlens=(0, 4, 12))
-    return engine, shard_samples([sample], attention=attention, config=config, device=torch.device("cpu"))
+    return engine, shard_samples([sample], stack=stack, device=torch.device("cpu"))
 
 
 def observe(rank: int, world_size: int, group, dtype: str):

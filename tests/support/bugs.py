@@ -77,7 +77,8 @@ def number_positions_by_rank(patch):
 
     def shard(samples, **options):
         batch = right(samples, **options)
-        return replace(batch, positions=torch.arange(len(batch.positions)))
+        positions = {layout: torch.arange(len(each)) for layout, each in batch.plan.positions.items()}
+        return replace(batch, plan=replace(batch.plan, positions=positions))
 
     for module in (check_data, check_model):
         patch.setattr(module, "shard_samples", shard)
@@ -85,7 +86,11 @@ def number_positions_by_rank(patch):
 
 def ignore_documents(patch):
     right = AttentionConfig.mask
-    patch.setattr(AttentionConfig, "mask", lambda self, bounds: right(replace(self, documents=False), bounds))
+
+    def mask(self, bounds, **options):
+        return right(replace(self, documents=False), bounds, **options)
+
+    patch.setattr(AttentionConfig, "mask", mask)
 
 
 def make_an_extra_hop(patch):

@@ -14,11 +14,11 @@ from longctx.metrics.meter import Eta, Smoothed, StepMeter, memory_peak_bytes
 
 def test_flops_by_hand() -> None:
     # 4 tokens, causal: 4 * 5 / 2 = 10 pairs. Full pairs would be 16.
-    assert attention_flops(visible_pairs=10, num_heads=2, head_dim=8, num_layers=3) == 12 * 10 * 2 * 8 * 3 == 5760
+    assert attention_flops(visible_pairs=3 * 10, num_heads=2, head_dim=8) == 12 * 3 * 10 * 2 * 8 == 5760
     total = model_flops_per_step(
-        tokens=4, num_params_in_matmuls=1000, visible_pairs=10, num_heads=2, head_dim=8, num_layers=3
+        tokens=4, num_params_in_matmuls=1000, visible_pairs=3 * 10, num_heads=2, head_dim=8, recurrences=70
     )
-    assert total == 4 * 6 * 1000 + 5760
+    assert total == 4 * 6 * 1000 + 5760 + 4 * 70
 
 
 def test_dense_flops_agree_with_torch_own_counter() -> None:
@@ -39,7 +39,7 @@ def test_attention_flops_agree_with_torch_own_counter() -> None:
     q, k, v = (torch.ones(1, 2, 6, 8, requires_grad=True) for _ in range(3))
     with FlopCounterMode(display=False) as counter:
         ((q @ k.transpose(-1, -2)).softmax(-1) @ v).sum().backward()
-    assert counter.get_total_flops() == attention_flops(visible_pairs=36, num_heads=2, head_dim=8, num_layers=1)
+    assert counter.get_total_flops() == attention_flops(visible_pairs=36, num_heads=2, head_dim=8)
 
 
 @pytest.mark.parametrize(

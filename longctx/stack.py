@@ -1,0 +1,237 @@
+"""A stack of softmax and linear layers over ranks: the layout of each layer, who mixes in it, and the plans.
+
+Softmax layers want balance, linear layers the order of the sequence. Where these are different layouts, tokens are
+relaid between them: a run of neighbouring linear layers pays one relayout in and one out. The stack begins in the
+layout of its first layer and ends in that of its last: tokens and labels are cut for them, and nothing is moved there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from longctx.attention import ContextParallelAttention
+from longctx.attention_config import AttentionConfig
+from longctx.kernels.mask import HeadMasks, Mask
+from longctx.linear_attention import ContextParallelLinearAttention, StatePlan
+from longctx.mixers.layers import Layers
+from longctx.mixers.pattern import describe_layers
+from longctx.mixers.place import Place
+from longctx.model import ModelConfig
+from longctx.parallel.balance import visible_pairs
+from longctx.parallel.layout import Layout
+from longctx.parallel.plan import Plan
+from longctx.parallel.relayout import relayout
+from longctx.parallel.state_passing import resolve_passing
+from longctx.parallel.transport import Transport
+from longctx.stack_traffic import StackShape, choose_state_layout
+
+Bounds = Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackPlan:
+    """What one rank needs to know of a micro-batch.
+
+    Attributes:
+        total: tokens of a sequence.
+        positions: int64 `[T]`, those of this rank in each layout that occurs.
+        softmax: the plan of each kind of softmax layer that there is.
+        states: the plan of the linear layers, None without any.
+        step: optimizer steps before this one.
+    """
+
+    total: int
+    positions: dict[Layout, Tensor]
+    softmax: dict[str, Plan]
+    states: StatePlan | None
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """All layers of a model on one rank; one object per run, made by `build_stack`.
+
+    Attributes:
+        config: names for everything, no `auto`.
+        softmax: for softmax layers, whatever their mask.
+        linear: for each linear kind.
+        states: the layout of all linear layers.
+    """
+
+    config: AttentionConfig
+    layers: Layers
+    model: ModelConfig
+    softmax: ContextParallelAttention
+    linear: dict[str, ContextParallelLinearAttention]
+    states: Layout
+    shape: StackShape
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Return the layout of each layer."""
+        return self.shape.layouts(self.states)
+
+    @property
+    def transport(self) -> Transport:
+        """Return this rank's view of the context-parallel group."""
+        return self.softmax.transport
+
+    @property
+    def first(self) -> Layout:
+        """Return the layout of the tokens that go in."""
+        return self.layouts[0]
+
+    @property
+    def last(self) -> Layout:
+        """Return the layout of the logits that come out, and of their labels."""
+        return self.layouts[-1]
+
+    def masks(self, cu_seqlens: Bounds) -> dict[str, Mask | HeadMasks]:
+        """Return the mask of one packed sequence for each kind of softmax layer that there is."""
+        return {kind: self.config.mask(cu_seqlens, kind=kind) for kind in self.layers.softmax_kinds}
+
+    def visible_pairs(self, cu_seqlens: Bounds, *, total: int) -> int:
+        """Return the (query, key) pairs of one packed sequence, summed over the softmax layers."""
+        return sum(
+            self.layers.kinds.count(kind) * visible_pairs(mask, total=total)
+            for kind, mask in self.masks(cu_seqlens).items()
+        )
+
+    def plan(self, bounds: Sequence[Bounds], *, total: int, device: torch.device, step: int = 0) -> StackPlan:
+        """Return this rank's plan for a micro-batch.
+
+        Args:
+            bounds: `cu_seqlens` of each row.
+            total: tokens of a sequence.
+            step: optimizer steps before this one.
+        """
+        rows = [self.masks(each) for each in bounds]
+        softmax = {kind: self.softmax.plan([row[kind] for row in rows], total=total) for kind in rows[0]}
+        packed = bounds if self.config.documents else None
+        linear = next(iter(self.linear.values()), None)
+        rank = self.transport.rank
+        return StackPlan(
+            total=total,
+            positions={layout: layout.positions(rank, total).to(device) for layout in dict.fromkeys(self.layouts)},
+            softmax=softmax,
+            states=None if linear is None else linear.plan(packed, total=total, device=device),
+            step=step,
+        )
+
+    def places(self, plan: StackPlan) -> list[Place]:
+        """Return where each layer is, and who mixes there, for the decoder."""
+        return [self._place(index, plan) for index in range(len(self.layouts))]
+
+    def _place(self, index: int, plan: StackPlan) -> Place:
+        kind, layout = self.layers.kinds[index], self.layouts[index]
+        before = self.layouts[index - 1] if index else layout
+        enter = None
+        if layout != before:
+            enter = partial(relayout, source=before, target=layout, total=plan.total, transport=self.transport)
+        positions = plan.positions[layout]
+        if kind in plan.softmax:
+            attend = partial(self.softmax, plan=plan.softmax[kind], softcap=self.model.softcap)
+            return Place(positions=positions, enter=enter, attend=attend, step=plan.step)
+        assert plan.states is not None
+        linear, chunk_size = self.linear[kind], self.layers.mixers.linear_kind(kind).chunk_size
+        return Place(
+            positions=positions,
+            enter=enter,
+            recur=partial(linear, plan=plan.states, chunk_size=chunk_size),
+            convolve=partial(linear.convolve, plan=plan.states),
+            step=plan.step,
+        )
+
+
+def stack_shape(
+    config: AttentionConfig, *, layers: Layers, model: ModelConfig, cp: int, total: int, dtype: torch.dtype
+) -> StackShape:
+    """Return what the traffic of a stack depends on."""
+    return StackShape(
+        layers=layers,
+        softmax_layout=config.make_layout(cp),
+        passing=resolve_passing(config.state_passing, splits=config.state_splits),
+        total=total,
+        dim=model.dim,
+        heads=model.num_heads,
+        head_dim=model.head_size,
+        dtype=dtype,
+    )
+
+
+def build_stack(
+    config: AttentionConfig,
+    *,
+    layers: Layers,
+    model: ModelConfig,
+    total: int,
+    dtype: torch.dtype,
+    transport: Transport,
+    per_machine: int,
+) -> Stack:
+    """Return the stack of one rank.
+
+    Args:
+        config: without `auto`.
+        total: tokens of a sequence, which the automatic layout of linear layers depends on.
+        dtype: of the arithmetic, likewise.
+        transport: of the context-parallel group.
+        per_machine: its neighbouring ranks that are on one machine.
+    """
+    cp = transport.size
+    shape = stack_shape(config, layers=layers, model=model, cp=cp, total=total, dtype=dtype)
+    states = choose_state_layout(shape, config.state_layout)
+    schedule = config.make_schedule(cp, heads=model.num_heads, kv_heads=model.num_kv_heads, per_machine=per_machine)
+    return Stack(
+        config=config,
+        layers=layers,
+        model=model,
+        softmax=ContextParallelAttention(
+            layout=config.make_layout(cp), schedule=schedule, transport=transport, kernel=config.kernel
+        ),
+        linear={
+            kind: ContextParallelLinearAttention(
+                layout=states,
+                passing=shape.passing,
+                transport=transport,
+                kernel=layers.mixers.linear_kind(kind).kernel,
+            )
+            for kind in layers.linear_kinds
+        },
+        states=states,
+        shape=shape,
+    )
+
+
+def describe_linear(shape: StackShape, *, states: Layout, sequences: int = 1) -> list[str]:
+    """Say in lines how linear layers run and what they send, forward and backward; nothing without any.
+
+    Args:
+        states: their layout.
+        sequences: that a rank takes part in.
+    """
+    if not shape.layers.linear:
+        return []
+    line = f"linear layers: {len(shape.layers.linear)} of {describe_layers(shape.layers.kinds)}"
+    if states.cp == 1:
+        return [line]
+    sent = shape.traffic(states)
+    told = f"{_size(sent.states * sequences)} of states"
+    if sent.halos:
+        told += f" and {_size(sent.halos * sequences)} of halos"
+    of = f"{sequences} sequence(s), forward and backward"
+    lines = [f"{line}, {states.describe()}, {shape.passing.name}: a rank sends at most {told} for {of}"]
+    if sent.relayouts:
+        change = f"{shape.softmax_layout.describe()} <-> {states.describe()}"
+        lines.append(
+            f"relayout: {sent.relayouts} of the hidden states per forward, {change}: a rank sends at most "
+            f"{_size(sent.moved * sequences)} for {of}"
+        )
+    return lines
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
