@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from longctx.attention import ContextParallelAttention
 from longctx.checkpoint.version import code_version
@@ -128,6 +129,20 @@ def run(make: Make) -> Pass:
     one.forward()
     one.backward()
     return one
+
+
+def peak_bytes(make: Make) -> int:
+    """Return the most bytes of tensors that were alive at once in a pass, beyond those alive before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        one = run(make)
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del one
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()  # negative where memory is freed
+        peak = max(peak, now)
+    return peak
 
 
 def check(

@@ -40,13 +40,13 @@ from _ranks import (
     environment,
     local,
     make_problem,
+    peak_bytes,
     run,
     start_ranks,
     timed,
     write_report,
 )
 from _schedules_report import draw, table
-from torch.profiler import ProfilerActivity, profile
 
 from longctx.attention import ContextParallelAttention
 from longctx.kernels.mask import Mask, causal, sliding_window
@@ -212,20 +212,6 @@ def count(make: Make, plan: Plan, shape: Shape) -> tuple[OurPass, list[tuple[Sen
         if ours != theirs:
             raise RuntimeError(f"{plan.schedule} on rank {rank} sent {ours}, predicted were {theirs}")
     return one, [(forward, backward) for (forward, backward), _ in everyone]
-
-
-def peak_bytes(make: Make) -> int:
-    """Return the most bytes of tensors that were alive at once in a pass, beyond those alive before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        one = run(make)
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    del one
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()  # negative where memory is freed
-        peak = max(peak, now)
-    return peak
 
 
 def gathered(value: Any) -> list[Any]:

@@ -1,0 +1,113 @@
+"""The small model of the recall task: a gated short convolution, then the project's mixers, on one rank or on many."""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from longctx.attention import ContextParallelAttention
+from longctx.kernels.mask import causal, sliding_window
+from longctx.linear_attention import ContextParallelLinearAttention
+from longctx.mixers.config import MixersConfig, SoftmaxMixerConfig
+from longctx.mixers.layers import Layers
+from longctx.mixers.linear import LinearMixer
+from longctx.mixers.pattern import LINEAR_KINDS, parse_round
+from longctx.mixers.place import Place
+from longctx.model import ModelConfig, SelfAttention, initial_weight
+from longctx.norms import RMSNorm
+from longctx.parallel.layout import Layout
+from longctx.parallel.registry import resolve_schedule
+from longctx.parallel.state_passing import resolve_passing
+from longctx.parallel.transport import Transport
+
+# The layers behind the convolution.
+MIXERS = {
+    "softmax": "full",
+    "window": "window",
+    "linear": "linear",
+    "lightning": "lightning",
+    "gla": "gla",
+    "deltanet": "deltanet",
+    "gdn": "gdn",
+    "gdn_3_1": "gdn*3 + full",
+}
+TAPS = 3
+STD = 0.05  # of the first weights
+DECAY = 0.01  # of gated DeltaNet per token at first: -g = exp(A_log) softplus(dt_bias)
+NOPE = MixersConfig(full=SoftmaxMixerConfig(rope=False), window=SoftmaxMixerConfig(rope=False))
+
+
+class Convolution(nn.Module):
+    """Gated causal depthwise convolution: what lets a token know the ones before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.x_proj, self.g_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.conv_weight = nn.Parameter(torch.empty(width, TAPS))
+
+    def forward(self, x: Tensor, *, rope: None, place: Place) -> Tensor:
+        """Return `[B, T, C]`."""
+        return self.o_proj(place.convolve(self.x_proj(x), self.conv_weight) * self.g_proj(x))
+
+
+class Model(nn.Module):
+    """Embedding, convolution, mixers of one head without positions, output; each layer normed and residual."""
+
+    def __init__(self, mixer: str, *, vocabulary: int, width: int, seed: int) -> None:
+        super().__init__()
+        layers = Layers(kinds=parse_round(MIXERS[mixer]), mixers=NOPE)
+        config = ModelConfig(dim=width, num_layers=1 + len(layers.kinds), num_heads=1, num_kv_heads=1, init_std=STD)
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList([Convolution(width), *_mixers(layers, config)])
+        self.norms = nn.ModuleList(RMSNorm(width, eps=config.norm_eps) for _ in self.layers)
+        self.norm = RMSNorm(width, eps=config.norm_eps)
+        self.output = nn.Linear(width, vocabulary, bias=False)
+        for name, weight in self.named_parameters():
+            weight.data = initial_weight(name, weight.shape, config=config, seed=seed)
+            if name.endswith(("A_log", "dt_bias")):  # among many heads some remember; one must
+                weight.data.fill_(0.0 if name.endswith("A_log") else math.log(math.expm1(DECAY)))
+
+    def forward(self, sequences: Tensor, *, asked: Tensor, place: Place) -> Tensor:
+        """Return logits `[N, V]` of those of this rank's tokens `[B, T]` that are `asked` for, bool `[B, T]`."""
+        x = self.embedding(sequences)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x), rope=None, place=place)
+        return self.output(self.norm(x[asked]))
+
+
+def _mixers(layers: Layers, config: ModelConfig) -> list[nn.Module]:
+    return [
+        LinearMixer(
+            layers.mixers.linear_kind(kind),
+            layers.sizes(kind, heads=1, head_dim=config.dim),
+            dim=config.dim,
+            layer=index,
+            num_layers=len(layers.kinds),
+            norm_eps=config.norm_eps,
+        )
+        if kind in LINEAR_KINDS
+        else SelfAttention(config, layers.mixers.softmax(kind))
+        for index, kind in enumerate(layers.kinds)
+    ]
+
+
+def window(total: int) -> int:
+    """Return how many tokens the window shows, the query's own included."""
+    return total // 4
+
+
+def make_place(mixer: str, transport: Transport, *, layout: Layout, passing: str, total: int) -> Place:
+    """Return where the layers are: who mixes the tokens of sequences of `total` over the ranks, both families."""
+    softmax = ContextParallelAttention(
+        layout=layout, schedule=resolve_schedule("ring" if layout.cp > 1 else "local"), transport=transport
+    )
+    linear = ContextParallelLinearAttention(layout=layout, passing=resolve_passing(passing), transport=transport)
+    mask = sliding_window(window(total) - 1) if mixer == "window" else causal()
+    plan = linear.plan(None, total=total, device=torch.device("cpu"))
+    return Place(
+        positions=layout.positions(transport.rank, total),
+        attend=partial(softmax, plan=softmax.plan([mask], total=total)),
+        recur=partial(linear, plan=plan),
+        convolve=partial(linear.convolve, plan=plan),
+    )

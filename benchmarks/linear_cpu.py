@@ -1,0 +1,193 @@
+"""Linear attention on CPU: speed over the length of the sequence, over kinds, and over ranks. One thread per rank.
+
+    python benchmarks/linear_cpu.py                     # an idle machine and 10 GB of memory; some minutes
+    python benchmarks/linear_cpu.py --fla FOLDER        # where flash-linear-attention lies, if it is not installed
+    python benchmarks/linear_cpu.py --quick             # short sequences, 1 round: does it run?
+
+Forward and backward, float32, one sequence, medians over rounds of the slowest rank's time. Four questions, each of
+which fails the run (exit status 1) if the answer is no:
+
+lengths   is lightning as fast, in tokens per second, at the longest sequence as at 8K tokens, within 15%? Softmax
+          attention beside it, up to the length that takes --patience seconds, shows where the two cross. Peak memory:
+          the most bytes of tensors alive at once beyond q, k, v and dout.
+ranks     do two ranks with contiguous shards take at most 1 / 1.7 of the time of one? Only asked where every rank has
+          a core of its own.
+bytes     does a rank send as many bytes of states at 16 times the length, and what the formula of its method says?
+kinds     is every kind in chunks at least 20 times as fast as token by token, and not slower than the plain torch code
+          of flash-linear-attention, where that can be imported? Only asked at 16K tokens. The results are compared
+          first.
+
+JSON and PNG go to --out.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from _linear_passes import KINDS, Inputs, LinearPass, alone, make_inputs, peer, shared, softmax
+from _linear_report import draw, table, wrong
+from _ranks import Make, Pass, cores, environment, peak_bytes, run, start_ranks, timed, write_report
+
+from longctx.linear_attention import ContextParallelLinearAttention
+from longctx.parallel.layout import Layout
+from longctx.parallel.state_passing import PASSINGS, resolve_passing
+from longctx.parallel.transport import ProcessGroupTransport, Traffic
+
+PARTS = ("lengths", "ranks", "bytes", "kinds")
+WRONG = 1e-4  # of ||ours - theirs|| / ||theirs|| in float32: far above rounding, far below any token gone astray
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Measure, print the tables, write JSON and PNG, and say what is not as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=512, help="K tokens")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--shared", type=int, nargs="+", default=[16, 64, 256], help="K tokens that ranks share")
+    parser.add_argument("--tokens", type=int, default=16, help="K tokens of the comparison of kinds")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds for a pass of softmax attention")
+    parser.add_argument("--fla", type=Path, help="folder that has the package fla")
+    parser.add_argument("--quick", action="store_true", help="at most 8K tokens, 1 round")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/linear_cpu.json"))
+    options = parser.parse_args()
+    if options.quick:
+        options.longest, options.shared, options.tokens, options.rounds, options.patience = 8, [1, 4], 1, 1, 0.2
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes two lines per pass
+    problem = {key: value for key, value in vars(options).items() if key not in ("out", "fla")}
+    report = {"environment": environment("flash-linear-attention"), "problem": problem}
+    report |= {"ranks_share_cores": cores() < options.ranks}
+    if report["ranks_share_cores"]:
+        print(f"{options.ranks} ranks share {cores()} cores: their times say nothing of what ranks gain")
+    for part in options.parts:
+        ranks = 1 if part in ("lengths", "kinds") else options.ranks
+        report[part] = start_ranks(MEASURES[part], ranks, options)
+        print("\n" + table(part, report[part], options), flush=True)
+        write_report(options.out, report)
+    draw(report, options.out.with_suffix(".png"))
+    print(f"\nwritten to {options.out} and {options.out.with_suffix('.png')}")
+    found = wrong(report)
+    print("\n".join(found) or "all as it should be")
+    sys.exit(bool(found))
+
+
+def seconds(make: Make | None, rounds: int) -> float:
+    """Return the median time of a forward and backward pass, the first one not counted (collective)."""
+    times = [sum(timed(make)) for _ in range(rounds + 1)]
+    return statistics.median(times[1:])
+
+
+def measure_lengths(options: argparse.Namespace) -> list[Row]:
+    """Time lightning and softmax attention from 256 tokens on, alone."""
+    rows, patient = [], True
+    tokens = 256
+    while tokens <= options.longest * 1024:
+        inputs = make_inputs("lightning", tokens, options.heads, options.head_dim)
+        lightning = partial(LinearPass, alone("torch"), inputs)
+        row = {"tokens": tokens, "lightning_s": seconds(lightning, options.rounds)}
+        row["peak_bytes"] = peak_bytes(lightning)
+        if patient:
+            row["softmax_s"] = seconds(partial(softmax, inputs), options.rounds if tokens <= 8192 else 1)
+            patient = 4 * row["softmax_s"] <= options.patience
+        rows.append(row)
+        tokens *= 2
+    return rows
+
+
+def measure_ranks(options: argparse.Namespace) -> list[Row]:
+    """Time lightning on one of the ranks, the others waiting, and on all of them, with every state passing."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rows = []
+    for tokens in (1024 * each for each in options.shared):
+        whole = make_inputs("lightning", tokens, options.heads, options.head_dim)
+        one = seconds(partial(LinearPass, alone("torch"), whole) if rank == 0 else None, options.rounds)
+        for passing in PASSINGS:
+            attention = attention_over(passing)
+            op = shared(attention, attention.plan(None, total=tokens, device=torch.device("cpu")))
+            many = seconds(partial(LinearPass, op, whole.shard(attention.layout, rank)), options.rounds)
+            rows.append({"tokens": tokens, "passing": passing, "ranks": ranks, "one_s": one, "ranks_s": many})
+    return rows
+
+
+def measure_bytes(options: argparse.Namespace) -> list[Row]:
+    """Count what each rank sends, forward and backward, for a transition of each shape, at the two ends of lengths."""
+    heads, size = options.heads, options.head_dim
+    shapes = {"lightning": 1, "gla": size, "gdn": size * size}  # numbers of a transition, of one head
+    rows = []
+    for kind, numbers in shapes.items():
+        for tokens in (1024 * min(options.shared), 1024 * max(options.shared)):
+            whole = make_inputs(kind, tokens, heads, size)
+            for passing in PASSINGS:
+                attention = attention_over(passing)
+                sizes = {"transition_bytes": 4 * heads * numbers, "state_bytes": 4 * heads * size * size}
+                everyone: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(everyone, count(attention, whole, **sizes))
+                sent, formula = zip(*everyone, strict=True)
+                rows.append({"kind": kind, "tokens": tokens, "passing": passing, "sent": sent, "formula": formula})
+    return rows
+
+
+def count(attention: ContextParallelLinearAttention, whole: Inputs, **sizes: int) -> tuple[list[int], list[int]]:
+    """Return the bytes that this rank sends forward and backward, and those of the method's formula."""
+    rank = dist.get_rank()
+    plan = attention.plan(None, total=whole.q.shape[1], device=torch.device("cpu"))
+    one = LinearPass(shared(attention, plan), whole.shard(attention.layout, rank))
+    counted = []
+    for step in (one.forward, one.backward):
+        attention.transport.traffic = Traffic()
+        step()
+        counted.append(attention.transport.traffic.bytes)
+    return counted, [attention.passing.sent(each, rank, **sizes).bytes for each in (plan.chain, plan.chain.reversed())]
+
+
+def measure_kinds(options: argparse.Namespace) -> list[Row]:
+    """Time every kind in chunks, token by token, and flash-linear-attention's plain torch code, alone."""
+    rows = []
+    for kind in KINDS:
+        inputs = make_inputs(kind, 1024 * options.tokens, options.heads, options.head_dim)
+        chunks = partial(LinearPass, alone("torch"), inputs)
+        row: Row = {"kind": kind, "tokens": 1024 * options.tokens, "chunks_s": seconds(chunks, options.rounds)}
+        others = {"recurrent_s": (alone("reference"), 1), "fla_s": (peer(kind, options.fla), options.rounds)}
+        for name, (op, rounds) in others.items():
+            if op is not None:
+                make = partial(LinearPass, op, inputs)
+                compare(kind, name, run(chunks), run(make))
+                row[name] = statistics.median(sum(timed(make)) for _ in range(rounds))
+        rows.append(row)
+    return rows
+
+
+def compare(kind: str, name: str, ours: Pass, theirs: Pass) -> None:
+    """Refuse to time what is wrong."""
+    for mine, other in zip((ours.out, *ours.grads), (theirs.out, *theirs.grads), strict=True):
+        error = ((mine - other).norm() / other.norm()).item()
+        if not error <= WRONG:
+            raise RuntimeError(f"{kind}: {name} differs from the chunks' result by {error:.1e}: not timed")
+
+
+def attention_over(passing: str) -> ContextParallelLinearAttention:
+    """Return linear attention over all ranks, contiguous."""
+    group = dist.group.WORLD
+    assert group is not None
+    return ContextParallelLinearAttention(
+        layout=Layout("contiguous", dist.get_world_size()),
+        passing=resolve_passing(passing),
+        transport=ProcessGroupTransport(group),
+        kernel="torch",
+    )
+
+
+MEASURES = {"lengths": measure_lengths, "ranks": measure_ranks, "bytes": measure_bytes, "kinds": measure_kinds}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The recall benchmark: its generator, what it expects, the same curve on two ranks, and the order of the mixers."""
+
+import pytest
+import torch
+from _mqar_model import MIXERS, TAPS, Model, make_place, window
+from _mqar_task import Task, reach_bound
+from _mqar_train import Recipe, train
+from mqar import SLACK, differences, digits, missed
+
+from longctx.loss import IGNORED
+from longctx.parallel.layout import Layout
+from longctx.parallel.transport import Alone, ProcessGroupTransport
+
+SIZES = (Task(64, 8, 256), Task(128, 16, 512), Task(18, 4, 14))
+
+
+@pytest.mark.parametrize("task", SIZES)
+def test_sequences_are_distinct_pairs_and_then_every_key_once(task: Task) -> None:
+    sequences, labels = task.draw(300, seed=5)
+    assert sequences.shape == labels.shape == (300, task.tokens)
+    prefix = 2 * task.pairs
+    for sequence, label in zip(sequences.tolist(), labels.tolist(), strict=True):
+        keys, values = sequence[0:prefix:2], sequence[1:prefix:2]
+        assert len(set(keys)) == len(set(values)) == task.pairs
+        assert all(1 <= key < task.vocabulary // 2 for key in keys)
+        assert all(task.vocabulary // 2 <= value < task.vocabulary for value in values)
+        asked = [position for position in range(prefix, task.tokens) if sequence[position]]
+        assert all(position % 2 == 0 for position in asked)
+        assert sorted(sequence[position] for position in asked) == sorted(keys)
+        answers = dict(zip(keys, values, strict=True))
+        expected = [answers[sequence[p]] if p in asked else IGNORED for p in range(task.tokens)]
+        assert label == expected
+
+
+def test_every_key_and_value_occurs() -> None:
+    sequences, _ = Task(16, 4, 20).draw(500, seed=0)
+    assert set(sequences[:, 0:8:2].flatten().tolist()) == set(range(1, 10))
+    assert set(sequences[:, 1:8:2].flatten().tolist()) == set(range(10, 20))
+
+
+def test_sequences_depend_on_the_seed_alone() -> None:
+    task = SIZES[0]
+    (first, labels), (again, same), (other, _) = (task.draw(50, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first, again) and torch.equal(labels, same)
+    assert not torch.equal(first, other)
+
+
+def test_slots_are_drawn_by_a_power_law_without_replacement() -> None:
+    """Slots i then j: p_i p_j / (1 - p_i) with p_i proportional to i^-0.99; within 5 standard deviations."""
+    count, slots = 40_000, 4
+    sequences, _ = Task(12, 2, 16).draw(count, seed=1)
+    likely = torch.arange(1, slots + 1).double() ** -0.99
+    likely /= likely.sum()
+    first, second = ((sequences[:, 4::2] == sequences[:, key : key + 1]).int().argmax(dim=1) for key in (0, 2))
+    for i in range(slots):
+        for j in range(slots):
+            found = ((first == i) & (second == j)).sum().item()
+            expected = 0.0 if i == j else (count * likely[i] * likely[j] / (1 - likely[i])).item()
+            assert abs(found - expected) <= 5 * expected**0.5, (i, j, found, expected)
+
+
+@pytest.mark.parametrize(("tokens", "pairs", "vocabulary"), [(63, 8, 256), (64, 17, 256), (64, 8, 16), (64, 0, 16)])
+def test_impossible_sizes_are_refused(tokens: int, pairs: int, vocabulary: int) -> None:
+    with pytest.raises(ValueError, match="pairs"):
+        Task(tokens, pairs, vocabulary)
+
+
+def test_the_reach_of_a_window_is_what_the_model_sees() -> None:
+    """Gradients of a query's logits: from nothing before the window and the taps, from something at their far end."""
+    task = Task(40, 4, 16)
+    place = make_place("window", Alone(), layout=Layout("contiguous", 1), passing="ring", total=task.tokens)
+    model = Model("window", vocabulary=task.vocabulary, width=8, seed=0).double()
+    sequences, labels = task.draw(20, seed=2)
+    seen = []
+    for row, position in (labels != IGNORED).nonzero().tolist():
+        found: list[torch.Tensor] = []
+        hook = model.embedding.register_forward_hook(lambda *arguments, found=found: found.append(arguments[-1]))
+        asked = torch.zeros(1, task.tokens, dtype=torch.bool)
+        asked[0, position] = True
+        logits = model(sequences[row : row + 1], asked=asked, place=place)
+        hook.remove()
+        (gradient,) = torch.autograd.grad(logits.square().sum(), found)
+        visible = gradient[0].abs().sum(dim=-1) > 0
+        key = sequences[row, :8:2].tolist().index(sequences[row, position].item())
+        seen.append(bool(visible[2 * key]))
+    assert 0 < sum(seen) < len(seen)
+    reach = reach_bound(sequences, labels, pairs=task.pairs, window=window(task.tokens), taps=TAPS)
+    assert sum(seen) / len(seen) == pytest.approx(reach)
+
+
+def curve(rank: int, world_size: int, group: torch.distributed.ProcessGroup, mixer: str) -> list[dict[str, float]]:
+    """Train some steps on a pooled rank, in float64."""
+    transport = ProcessGroupTransport(group) if world_size > 1 else Alone()
+    recipe = Recipe(width=8, steps=6, every=2, batch=8, sequences=40, test=30, lr=1e-2, dtype="float64")
+    return train(mixer, Task(20, 4, 24), recipe, seed=1, transport=transport)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_two_ranks_have_the_curve_of_one(gloo_pool, mixer: str) -> None:  # type: ignore[no-untyped-def]
+    (alone,), shared = gloo_pool.run(curve, 1, mixer), gloo_pool.run(curve, 2, mixer)
+    assert [row["step"] for row in alone] == [2, 4, 6]
+    assert alone[0]["loss"] > alone[-1]["loss"]
+    for rank in shared:
+        for ours, theirs in zip(rank, alone, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-11)
+            assert ours["accuracy"] == theirs["accuracy"]
+
+
+def test_misses_and_leaks_are_told() -> None:
+    row = {"mixer": "window", "size": "64:8:256", "seed": 0, "cp": 1, "reach": 0.39, "curve": [[2, 1.5, 0.4]]}
+    assert not missed([{**row, "accuracy": 0.39 + SLACK}])
+    assert missed([{**row, "accuracy": 0.39 + 1.1 * SLACK}])
+    assert missed([{**row, "mixer": "gdn", "accuracy": 0.98}])
+    assert not missed([{**row, "mixer": "gdn", "accuracy": 0.99}])
+    assert not missed([{**row, "mixer": "gdn", "accuracy": 0.0, "size": "32:4:64"}])
+    other = {**row, "cp": 2, "curve": [[2, 1.500001, 0.4]]}
+    assert digits(row) != digits(other)
+    assert differences([row, other]) and not differences([row, {**row, "cp": 2}])
