@@ -21,8 +21,8 @@ def resolve_kernel(name: str, request: LinearRequest) -> LinearKernel:
     reason = kernel.unsupported(request)
     if reason is not None:
         raise ValueError(
-            f"kernel {kernel.name} cannot serve this linear attention: {reason}; kernel torch serves every kind on any "
-            "device, and auto chooses"
+            f"kernel {kernel.name} cannot serve this linear attention: {reason}. Kernel torch serves every kind on any "
+            "device; auto takes triton where it can"
         )
     return kernel
 
@@ -41,7 +41,11 @@ def _named(name: str) -> LinearKernel:
 
 
 def _automatic(request: LinearRequest) -> LinearKernel:
-    """Return Triton's kernels on a GPU that they serve, else plain torch."""
+    """Return Triton's kernels on a GPU where they serve the request, else plain torch."""
+    if request.device_type == "cuda":
+        triton = _named("triton")
+        if triton.unsupported(request) is None:
+            return triton
     return TorchKernel()
 
 

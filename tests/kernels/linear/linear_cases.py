@@ -110,7 +110,7 @@ def everything(
     scale: float = 0.4,
     seed: int = 7,
 ) -> dict[str, Tensor]:
-    """Return out, the final states, with `summed` the summary, and the gradients of all inputs under random cotangents."""
+    """Return out, final states, with `summed` the summary, and all inputs' gradients under random cotangents."""
     inputs = [
         x if x is None else x.clone().requires_grad_()
         for x in (given.q, given.k, given.v, given.g, given.beta, given.states)
