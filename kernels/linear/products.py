@@ -1,12 +1,7 @@
-"""Products of queries and keys that decay on the way, A_ij = sum_d q_id k_jd exp(G_id - G_jd) for j <= i.
+"""Products of queries and keys that decay on the way, A_ij = sum_d q_id k_jd exp(g_{j+1,d} + ... + g_{i,d}) for j <= i.
 
-Both Functions make their decays again in the backward, and share what makes the gradient of G cheap: G_i meets only q_i
-and -G_j only k_j, so
-
-    dG = q * dq - k * dk
-
-whatever lies between; nothing goes back through an exponential. Several `rows` may share the keys: the delta rule wants
-the products of keys with keys too. The gradients of G, of the keys and of the rows come in this order.
+Several `rows` may share the keys: the delta rule wants the products of keys with keys too. Gradients of the gates come
+from the pairs that a gate lies between, and from no others that would have to cancel. Gates of -inf are like others.
 """
 
 from typing import Any
@@ -15,106 +10,86 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longctx.kernels.linear.spans import Spans, corners, early, halves, late, spans_gradient
+
 
 class ScalarProducts(torch.autograd.Function):
-    """G is the same for all dims: `[..., C]`."""
+    """Gates are the same for all dims."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, k: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        """Take G `[..., C]`, keys and rows `[..., C, K]`; return lower triangular `[..., C, C]`."""
-        within = _within(total)
-        ctx.save_for_backward(within, k, *rows)
-        return tuple((row @ k.mT).mul_(within) for row in rows)
+    def forward(ctx: Any, g: Tensor, k: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Take gates `[..., C, 1]`, C a power of 2, keys and rows `[..., C, K]`.
+
+        Returns:
+            The gates' sums up to each token, its own included, and after it, `[..., C, 1]`; the products `[..., C, C]`.
+        """
+        size = g.shape[-2]
+        sums = g.new_full((size, size), float("-inf")).triu(1).expand(*g.shape[:-1], size).contiguous()
+        spans = Spans(g)
+        for half, upto, since in spans:
+            torch.add(since, upto.mT, out=corners(sums, half))
+        within = sums.exp_()
+        products = [(row @ k.mT).mul_(within) for row in rows]
+        ctx.save_for_backward(within, k, *rows, *products)
+        return spans.prefix, spans.suffix, *products
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dprefix: Tensor, dsuffix: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients."""
-        within, k, *rows = ctx.saved_tensors
+        within, k, *saved = ctx.saved_tensors
+        rows, products = saved[: len(grads)], saved[len(grads) :]
+        dsums = grads[0] * products[0]
+        for grad, product in zip(grads[1:], products[1:], strict=True):
+            dsums.addcmul_(grad, product)
+        steps = []
+        for half in halves(k.shape[-2]):
+            corner = corners(dsums, half)
+            steps.append((corner.sum(-2)[..., None], corner.sum(-1, keepdim=True)))
+        dg = spans_gradient(dprefix.clone(), dsuffix.clone(), steps)
         plain = [grad * within for grad in grads]
-        drows = [grad @ k for grad in plain]
-        dk = sum(grad.mT @ row for grad, row in zip(plain, rows, strict=True))
-        return _dtotal(k, dk, rows, drows).sum(-1), dk, *drows
+        dk = plain[0].mT @ rows[0]
+        for grad, row in zip(plain[1:], rows[1:], strict=True):
+            dk += grad.mT @ row
+        return dg, dk, *(grad @ k for grad in plain)
 
 
 class DiagonalProducts(torch.autograd.Function):
-    """G differs by dim, `[..., C, K]`, so decays cannot leave the sum over d; halving keeps their exponents <= 0.
-
-    In a block of 2h tokens, the products of the later h rows with the earlier h keys are those of rows that decay from
-    the middle and keys that decay up to it. Its halves go the same way, down to single tokens, which do not decay.
-    """
+    """Gates differ by dim, and stay inside of the sum over d: rows decay from the middles of blocks, keys up to them."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, k: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        """Take G, keys and rows, all `[..., C, K]` with C a power of 2; return lower triangular `[..., C, C]`."""
-        size = k.shape[-2]
-        products = tuple(torch.diag_embed((row * k).sum(-1)) for row in rows)
-        for half in _halves(size):
-            upto, since = _from_middle(total, half)
-            keys = _early(k, half) * upto
+    def forward(ctx: Any, g: Tensor, k: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Take gates, keys and rows, all `[..., C, K]`; return as `ScalarProducts`, sums `[..., C, K]`."""
+        products = [torch.diag_embed((row * k).sum(-1)) for row in rows]
+        spans = Spans(g)
+        for half, upto, since in spans:
+            keys, decay = early(k, half) * upto.exp(), since.exp()
             for row, product in zip(rows, products, strict=True):
-                _corners(product, half).copy_((_late(row, half) * since) @ keys.mT)
-        ctx.save_for_backward(total, k, *rows)
-        return products
+                corners(product, half).copy_((late(row, half) * decay) @ keys.mT)
+        ctx.save_for_backward(g, k, *rows)
+        return spans.prefix, spans.suffix, *products
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dprefix: Tensor, dsuffix: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients."""
-        total, k, *rows = ctx.saved_tensors
+        g, k, *rows = ctx.saved_tensors
         dk, drows = torch.zeros_like(k), [torch.zeros_like(row) for row in rows]
-        for half in _halves(k.shape[-2]):
-            upto, since = _from_middle(total, half)
-            keys = _early(k, half) * upto
-            for row, drow, grad in zip(rows, drows, grads, strict=True):
-                corners = _corners(grad, half).contiguous()
-                _late(drow, half).addcmul_(corners @ keys, since)
-                _early(dk, half).addcmul_(corners.mT @ (_late(row, half) * since), upto)
-        dtotal = _dtotal(k, dk, rows, drows)
         for row, drow, grad in zip(rows, drows, grads, strict=True):
             diagonal = grad.diagonal(dim1=-2, dim2=-1)[..., None]
             drow.addcmul_(diagonal, k)
             dk.addcmul_(diagonal, row)
-        return dtotal, dk, *drows
-
-
-def _within(total: Tensor) -> Tensor:
-    """Return exp(G_i - G_j) for j <= i, else 0, `[..., C, C]`."""
-    size = total.shape[-1]
-    above = total.new_full((size, size), float("-inf")).triu(1)
-    return (above + total[..., :, None]).sub_(total[..., None, :]).exp_()
-
-
-def _dtotal(k: Tensor, dk: Tensor, rows: list[Tensor], drows: list[Tensor]) -> Tensor:
-    dtotal = (k * dk).neg_()
-    for row, drow in zip(rows, drows, strict=True):
-        dtotal.addcmul_(row, drow)
-    return dtotal
-
-
-def _halves(size: int) -> list[int]:
-    """Return 1, 2, 4, ... below `size`."""
-    return [1 << i for i in range(size.bit_length() - 1)]
-
-
-def _early(x: Tensor, half: int) -> Tensor:
-    """Return the first halves of the blocks, `[..., blocks, half, K]`, a view."""
-    return x.unflatten(-2, (-1, 2, half))[..., 0, :, :]
-
-
-def _late(x: Tensor, half: int) -> Tensor:
-    """Return the second halves."""
-    return x.unflatten(-2, (-1, 2, half))[..., 1, :, :]
-
-
-def _from_middle(total: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """Return the decays of each block from its early tokens up to its middle, and from there to its late tokens."""
-    early, late = _early(total, half), _late(total, half)
-    middle = early[..., -1:, :]
-    return (middle - early).exp_(), (late - middle).exp_()
-
-
-def _corners(products: Tensor, half: int) -> Tensor:
-    """Return the products of late rows with early keys, `[..., blocks, half, half]`, a view."""
-    blocks = products.unflatten(-1, (-1, 2 * half)).unflatten(-3, (-1, 2 * half))  # [..., blocks, 2h, blocks, 2h]
-    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., half:, :half]
+        steps = []
+        for half, upto, since in Spans(g):
+            upto, decay = upto.exp(), since.exp()
+            keys = early(k, half) * upto
+            dkeys, dsince = torch.zeros_like(keys), torch.zeros_like(keys)
+            for row, drow, grad in zip(rows, drows, grads, strict=True):
+                corner, decayed = corners(grad, half).contiguous(), late(row, half) * decay
+                drow_decayed = corner @ keys
+                dkeys += corner.mT @ decayed
+                dsince.addcmul_(decayed, drow_decayed)
+                late(drow, half).addcmul_(drow_decayed, decay)
+            early(dk, half).addcmul_(dkeys, upto)
+            steps.append((keys.mul_(dkeys), dsince))
+        return spans_gradient(dprefix.clone(), dsuffix.clone(), steps), dk, *drows

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from longctx.kernels.linear.chunks import Block, Chunks
 from longctx.kernels.linear.contract import Gate
-from longctx.kernels.linear.decay import Decay, DiagonalDecay, FixedDecay, NoDecay, ScalarDecay
+from longctx.kernels.linear.decay import Decayed, fixed, per_token, undecayed
 from longctx.kernels.linear.scan import Scan
 from longctx.kernels.linear.sight import Documents
 from longctx.kernels.linear.terms import Terms, terms
@@ -59,22 +59,21 @@ class Task:
 
     def terms(self, block: Block, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Terms:
         """Return the terms of a block."""
-        here = slice(block.first, block.end)
         return terms(
             q,
             k,
             v,
-            decay=self._decay(g, like=k, here=here),
+            decayed=self._decayed(g, k, (q,) if beta is None else (q, k), here=slice(block.first, block.end)),
             beta=None if beta is None else beta[..., None],
             sight=None if self.documents is None else self.documents.sight(block.first, block.end, self.dtype),
         )
 
-    def _decay(self, g: Tensor | None, *, like: Tensor, here: slice) -> Decay:
+    def _decayed(self, g: Tensor | None, k: Tensor, rows: tuple[Tensor, ...], *, here: slice) -> Decayed:
         if g is None:
-            return NoDecay(self.chunks.size, like)
+            return undecayed(k, rows)
         if self.gate == "fixed":
-            return FixedDecay(g, self.chunks.size, None if self.tokens is None else self.tokens[here])
-        return ScalarDecay(g) if self.gate == "scalar" else DiagonalDecay(g)
+            return fixed(g, k, rows, tokens=None if self.tokens is None else self.tokens[here])
+        return per_token(g, k, rows)
 
 
 @dataclass(frozen=True, slots=True)

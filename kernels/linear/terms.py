@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.kernels.linear.decay import Decay
+from longctx.kernels.linear.decay import Decayed
 from longctx.kernels.linear.sight import Sight
 
 
@@ -45,17 +45,17 @@ class Terms:
     state: Tensor
 
 
-def terms(q: Tensor, k: Tensor, v: Tensor, *, decay: Decay, beta: Tensor | None, sight: Sight | None) -> Terms:
+def terms(q: Tensor, k: Tensor, v: Tensor, *, decayed: Decayed, beta: Tensor | None, sight: Sight | None) -> Terms:
     """Return the terms of chunks.
 
     Args:
         q, k: `[B, N, H, C, K]`, float32 or float64.
         v: `[B, N, H, C, V]`.
+        decayed: the products of q with k, with beta also those of k with k, and the decays.
         beta: None or `[B, N, H, C, 1]`.
         sight: where documents meet; None = all tokens are of one.
     """
-    entering, leaving, across = decay.entering, decay.leaving, decay.across
-    products = decay.products(q, k=k) if beta is None else decay.products(q, k, k=k)
+    products, entering, leaving, across = decayed.products, decayed.entering, decayed.leaving, decayed.across
     if sight is not None:
         entering, leaving, across = entering * sight.entering, leaving * sight.leaving, across * sight.across
         products = [product * sight.pairs for product in products]

@@ -14,6 +14,7 @@ from longctx.kernels.linear.sight import Documents
 from longctx.kernels.linear.sweep import Sweep, Task
 
 CHUNK = 64
+PER_TOKEN = ("scalar", "diagonal")
 
 
 class TorchKernel:
@@ -22,10 +23,10 @@ class TorchKernel:
     name = "torch"
 
     def unsupported(self, request: LinearRequest) -> str | None:
-        """It serves everything; keys that decay dim by dim want a power of 2."""
+        """It serves everything; decays per token are summed by halves."""
         size = request.chunk_size
-        if request.gate == "diagonal" and size is not None and size & (size - 1):
-            return f"with a decay per key dim chunk_size must be a power of 2; given {size}"
+        if request.gate in PER_TOKEN and size is not None and size & (size - 1):
+            return f"with decays per token chunk_size must be a power of 2; given {size}"
         return None
 
     def begin(
@@ -60,7 +61,7 @@ class TorchWork:
         chunk_size: int | None,
     ) -> None:
         gate = gate_of(g)
-        self._chunks = chunks = chunks_of(cuts, chunk_size or CHUNK, power_of_two=gate == "diagonal")
+        self._chunks = chunks = chunks_of(cuts, chunk_size or CHUNK, power_of_two=gate in PER_TOKEN)
         self._task = Task(
             gate=gate,
             scale=scale,
