@@ -55,7 +55,7 @@ class ScalarProducts(torch.autograd.Function):
 
 
 class DiagonalProducts(torch.autograd.Function):
-    """Gates differ by dim, and stay inside of the sum over d: rows decay from the middles of blocks, keys up to them."""
+    """Gates differ by dim and stay inside of the sum over d: rows decay from the middles of blocks, keys up to them."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, k: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:

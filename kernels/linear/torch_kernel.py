@@ -10,6 +10,7 @@ from torch import Tensor
 from longctx.kernels.linear.affine import Affine
 from longctx.kernels.linear.chunks import chunks_of
 from longctx.kernels.linear.contract import Cuts, LinearRequest, gate_of, state_dtype
+from longctx.kernels.linear.read import Read
 from longctx.kernels.linear.sight import Documents
 from longctx.kernels.linear.sweep import Sweep, Task
 
@@ -90,7 +91,8 @@ class TorchWork:
         out, queries, summary = self._from_nothing
         if states is None:
             return self._chunks.join(out).to(self._dtype), summary.state
-        return self._chunks.join(_read(out, queries, states, self._chunks.counts)).to(self._dtype), summary(states)
+        out = Read.apply(self._task.blocks(self._tensors[0]), self._dtype, out, queries, states)
+        return self._chunks.join(out), summary(states)
 
     def _sweep(self, states: Tensor | None, *, unit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if states is None:
@@ -106,13 +108,3 @@ class TorchWork:
         else:
             one = torch.ones(size if self._task.gate == "diagonal" else 1, 1, dtype=self._task.dtype, device=q.device)
         return one.expand(batch, segments, heads, *one.shape)
-
-
-def _read(out: Tensor, queries: Tensor, states: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Return `out + queries states`, each chunk with the state that entered its segment."""
-    parts = []
-    for segment, query in enumerate(queries.split(counts, dim=1)):
-        read = query.flatten(1, 2).transpose(1, 2) @ states[:, segment]
-        parts.append(read.transpose(1, 2))
-    read = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-    return out + read.reshape(out.shape)

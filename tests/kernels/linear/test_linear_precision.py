@@ -1,0 +1,65 @@
+"""The torch kernel in 16 and 32 bits, and in float32 cut into segments, as the ranks of a group have them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from longctx.kernels.linear.affine import Affine
+from longctx.kernels.linear.contract import Cuts
+from longctx.kernels.linear.reference import Reference
+from longctx.kernels.linear.torch_kernel import TorchKernel
+from tests.kernels.linear.linear_cases import GATES, Problem, everything, problem
+from tests.support.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_within_budget
+
+
+@pytest.mark.parametrize("values", ["ordinary", "mixed", "strong"])
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_is_within_the_budget_of_the_recurrence(dtype: torch.dtype, gate: str, delta: bool, values: str) -> None:
+    """What the dtype can do is what the recurrence does on the same tensors, which rounds its results as we do."""
+    rounded = problem(
+        gate=gate, delta=delta, lengths=(100, 29), values=values, packed=True, heads=4, key_dim=16, value_dim=16
+    ).to(dtype, wide=torch.float32)
+    expected = everything(Reference(), rounded.to(torch.float64, wide=torch.float64), summed=True)
+    torch_same_dtype = everything(Reference(), rounded, summed=True)
+    for name, ours in everything(TorchKernel(), rounded, summed=True).items():
+        assert ours.dtype == torch_same_dtype[name].dtype
+        factor = GRADIENT_FACTOR if name.startswith("d") else OUTPUT_FACTOR
+        assert_within_budget(ours, torch_same_dtype[name], expected[name], factor=factor, name=name)
+
+
+def errors(given: Problem, *, segments: int) -> dict[str, float]:
+    """Return how far float32 is from float64, by root mean square, with states folded over segments."""
+    single = chained(given.to(torch.float32, wide=torch.float32), segments=segments)
+    double = chained(given, segments=1)
+    return {name: (single[name].double() - x).square().mean().sqrt().item() for name, x in double.items()}
+
+
+def chained(given: Problem, *, segments: int) -> dict[str, Tensor]:
+    """Return out and gradients of a sequence in equal segments, each with the state that those before it make."""
+    inputs = {name: getattr(given, name) for name in ("q", "k", "v", "g", "beta")}
+    inputs = {name: None if x is None else x.clone().requires_grad_() for name, x in inputs.items()}
+    cuts = Cuts(lengths=(given.q.shape[1] // segments,) * segments)
+    work = TorchKernel().begin(**inputs, scale=0.25, cuts=cuts, chunk_size=32)
+    summary = work.summary()
+    states = [torch.zeros_like(summary.state[:, 0])]
+    for i in range(segments - 1):
+        states.append(Affine(summary.transition[:, i], summary.state[:, i])(states[-1]))
+    out, _ = work.finish(torch.stack(states, dim=1))
+    random = torch.Generator().manual_seed(5)
+    out.backward(torch.randn(out.shape, generator=random, dtype=torch.float64).to(out.dtype))
+    grads = {name: x.grad for name, x in inputs.items() if x is not None and x.grad is not None}
+    return {"out": out.detach(), **grads}
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+def test_eight_segments_are_as_exact_as_one(gate: str, delta: bool) -> None:
+    given = problem(gate=gate, delta=delta, lengths=(1024,), batch=1, heads=2, key_dim=16, value_dim=16)
+    given = given.to(torch.float32, wide=torch.float32).to(torch.float64, wide=torch.float64)
+    one, eight = (errors(given, segments=segments) for segments in (1, 8))
+    if gate == "fixed":  # one number per head, the sum over all tokens: too few for a mean of rounding errors
+        del eight["g"]
+    for name, error in eight.items():
+        assert error <= 1.1 * one[name], f"{name}: {error:.3e} in eight segments, {one[name]:.3e} in one"
