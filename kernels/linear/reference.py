@@ -70,20 +70,23 @@ class ReferenceWork:
             finals.append(state)
         return torch.cat(outs, dim=1).to(self.dtype), torch.stack(finals, dim=1)
 
-    def _run(self, segment: int, state: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, segment: int, state: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         first, end = self.cuts.bounds[segment : segment + 2]
+        # Not x[:, t], whose gradient is as large as x: the backward would be quadratic.
+        q, k, v, alpha = (x[:, first:end].unbind(1) for x in (self.q, self.k, values, self.alpha))
+        beta = None if self.beta is None else self.beta[:, first:end].unbind(1)
         outs = []
-        for t in range(first, end):
+        for t in range(end - first):
             if self.cuts.documents is not None and self.cuts.before is not None:
-                previous = self.cuts.before[:, segment] if t == first else self.cuts.documents[:, t - 1]
-                same = (self.cuts.documents[:, t] == previous)[:, None, None, None]
+                previous = self.cuts.before[:, segment] if t == 0 else self.cuts.documents[:, first + t - 1]
+                same = (self.cuts.documents[:, first + t] == previous)[:, None, None, None]
                 state = torch.where(same, state, 0.0)
-            key, value = self.k[:, t, :, :, None], v[:, t, :, None, :]  # [B, H, K, 1], [B, H, 1, V]
-            state = self.alpha[:, t, :, :, None] * state
-            if self.beta is not None:  # what the state has under this key makes way for the new value
-                value = self.beta[:, t, :, None] * (value - key.mT @ state)
+            key, value = k[t][..., None], v[t][..., None, :]  # [B, H, K, 1], [B, H, 1, V]
+            state = alpha[t][..., None] * state
+            if beta is not None:  # what the state has under this key makes way for the new value
+                value = beta[t][..., None] * (value - key.mT @ state)
             state = state + key * value
-            outs.append((self.q[:, t, :, None] @ state)[:, :, 0])
+            outs.append((q[t][:, :, None] @ state)[:, :, 0])
         return torch.stack(outs, dim=1), state
 
 
