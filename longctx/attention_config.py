@@ -106,9 +106,9 @@ class AttentionConfig:
             )
         if kinds == linear:
             keys = ("backward", "inner", "ulysses", "innermost", "gather_heads", "chunk", "prefix", "kernel")
-            self._refuse_without("a softmax layer", keys)
+            self._refuse_without("softmax attention", keys)
         if not linear:
-            self._refuse_without("a linear layer", ("state_layout", "state_passing", "state_splits"))
+            self._refuse_without("linear", ("state_layout", "state_passing", "state_splits"))
         resolve_passing(self.state_passing, splits=self.state_splits)
         if self.state_layout not in (None, *STATE_LAYOUTS):
             known = ", ".join(STATE_LAYOUTS)
@@ -125,7 +125,8 @@ class AttentionConfig:
             if (value := getattr(self, key)) != getattr(default, key):
                 hint = "; kernels of linear layers are set by mixers.<kind>.kernel" if key == "kernel" else ""
                 raise ValueError(
-                    f"attention.{key}={value} has no effect: attention.layers={self.layers} has not {what}{hint}"
+                    f"attention.{key}={value} has no effect: no layer of attention.layers={self.layers or 'null'} is "
+                    f"{what}{hint}"
                 )
 
     def _validate_mask(self) -> None:

@@ -50,6 +50,34 @@ BOUNDS = (0, 10, 15, 40)
         ({"window": 4, "head_windows": [4, None]}, "attention.window and attention.head_windows exclude each other"),
         ({"head_windows": [4, 0]}, "attention.head_windows must be >= 1 or null each"),
         ({"kernel": "cuda"}, "attention.kernel=cuda is not known; known are auto, torch, reference"),
+        ({"layers": "gdm"}, "attention.layers: 'gdm' is no kind of layer"),
+        (
+            {"layers": "gdn", "window": 64},
+            "attention.window is that of layers of kind window, of which .* names none",
+        ),
+        ({"layers": "gdn", "head_windows": [4, None]}, "attention.head_windows is that of layers of kind window"),
+        ({"layers": "window + full"}, "names layers of kind window: set attention.window"),
+        (
+            {"layers": "gdn", "chunk": 64},
+            "chunk=64 has no effect: no layer of attention.layers=gdn is softmax",
+        ),
+        ({"layers": "gdn", "kernel": "torch"}, "kernels of linear layers are set by mixers.<kind>.kernel"),
+        ({"layers": "gdn", "backward": "rotate_q"}, "attention.backward=rotate_q has no effect"),
+        (
+            {"state_passing": "ring"},
+            "attention.state_passing=ring has no effect: no layer of attention.layers=null is linear",
+        ),
+        ({"layers": "full", "state_layout": "same"}, "attention.state_layout=same has no effect"),
+        (
+            {"layers": "gdn", "state_passing": "tree"},
+            "attention.state_passing=tree is not known; known are ring",
+        ),
+        ({"layers": "gdn", "state_splits": 2}, "attention.state_splits=2 is an option of .*=pipelined"),
+        (
+            {"layers": "gdn", "state_layout": "striped"},
+            "attention.state_layout=striped is not known; known are same",
+        ),
+        ({"layers": "gdn + full", "width": 15, "state_layout": "same"}, "stripe of 15 token.* attention.width >= 16"),
     ],
 )
 def test_what_can_never_work_is_refused(given, words):

@@ -14,7 +14,8 @@ GROUPS, KEYS, EXAMPLES = (
 
 
 def test_groups_and_choices_are_those_of_the_config_folder():
-    listed = {name: sorted(choices.split("|")) for name, choices in re.findall(r"^  (\w+)=(\S+)", GROUPS, re.MULTILINE)}
+    groups = re.sub(r"\|\n +", "|", GROUPS)
+    listed = {name: sorted(choices.split("|")) for name, choices in re.findall(r"^  (\w+)=(\S+)", groups, re.MULTILINE)}
     assert listed == config_groups()
 
 

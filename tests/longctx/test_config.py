@@ -4,10 +4,15 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from longctx.config import CONFIGS, Config, config_groups, load_config
-from longctx.setup import check_world
+from longctx.mixers.config import MixersConfig
+from longctx.mixers.linear import LinearMixer
+from longctx.mixers.pattern import LINEAR_KINDS, depth
+from longctx.model import Decoder, SelfAttention
+from longctx.setup import check_kernel, check_world
 
 
 def test_the_default_run():
@@ -26,12 +31,29 @@ def default():
 
 @pytest.mark.parametrize("name", config_groups()["attention"])
 def test_attention_changes_the_strategy_and_nothing_else(default, name):
+    """But for the depth of a model that has none of its own: that of the pattern of layers."""
     config = load_config([f"attention={name}"])
-    assert dataclasses.replace(config, attention=default.attention) == default
+    model = dataclasses.replace(default.model, num_layers=depth(config.attention.layers))
+    assert dataclasses.replace(config, attention=default.attention) == dataclasses.replace(default, model=model)
 
 
 # Those of attention are composed above.
 OTHER_CHOICES = [(g, c) for g, choices in config_groups().items() if g != "attention" for c in choices]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lightning", "transnormer", "gla", "deltanet", "gdn", "kda", "minimax_7_1", "gdn_3_1", "window_full_3_1"],
+)
+def test_presets_of_layers_build_and_run_on_one_rank_and_on_two(name):
+    config = load_config([f"attention={name}", "model.vocab_size=257"])
+    with torch.device("meta"):
+        model = Decoder(config.model, config.layers)
+    built = [type(block.attention) for block in model.blocks]
+    assert built == [LinearMixer if kind in LINEAR_KINDS else SelfAttention for kind in config.layers.kinds]
+    for world_size in (1, 2):
+        check_world(config, world_size=world_size, per_machine=world_size)
+    assert set(check_kernel(config, device_type="cpu").values()) <= {"torch", "blocked"}
 
 
 @pytest.mark.parametrize(("group", "choice"), OTHER_CHOICES)
@@ -51,6 +73,8 @@ def test_config_files_name_every_key_of_their_group():
         for choice in choices:
             written = yaml.safe_load((CONFIGS / group / f"{choice}.yaml").read_text())
             assert set(written) == keys, (group, choice)
+    for kind, written in yaml.safe_load((CONFIGS / "mixers" / "default.yaml").read_text()).items():
+        assert written == dataclasses.asdict(getattr(MixersConfig(), kind)), kind
 
 
 @pytest.mark.parametrize(
@@ -80,6 +104,10 @@ def test_config_files_name_every_key_of_their_group():
         (["attention=striped", "attention.schedule=local"], ["attention.schedule=local", "contiguous"]),
         (["attention.causal=false"], ["unknown key 'attention.causal'"]),
         (["attention.kernel=triton"], ["attention.kernel=triton", "auto, torch, reference"]),
+        (["attention.layers=gdm"], ["attention.layers: 'gdm' is no kind of layer", "gdn", "lightning"]),
+        (["attention=gdn_3_1", "model.num_layers=6"], ["model.num_layers=6", "4 or 8"]),
+        (["mixers.gdn.conv=3"], ["mixers.gdn.conv=3 has no effect", "no layer 'gdn'"]),
+        (["attention=gla", "mixers.gla.gates=none"], ["unknown key 'mixers.gla.gates'"]),
         (["optim.lr=-1"], ["optim.lr"]),
         (["optim.warmup_steps=1000"], ["warmup"]),
         (["logger.progress=loud"], ["logger.progress=loud"]),
@@ -101,6 +129,7 @@ def test_mistakes_are_refused_with_the_key_and_the_alternatives(overrides, words
         (["parallel.cp=4"], 2, "parallel.cp=4 is larger than the world of 2"),
         (["attention=local", "parallel.cp=2"], 2, "parallel.cp must be 1 or null; given parallel.cp=2"),
         (["parallel.dp_shard=2"], 2, "parallel.dp_shard=2 .* needs engine.parameters=shard; given replicate"),
+        (["attention=gdn", "data.seq_len=8190"], 4, "data.seq_len=8190 cannot be divided by parallel.cp=4"),
         (["parallel.cp=1"], 4, "train.global_batch=2 is not a multiple of train.micro_batch=1 x dp size 4"),
     ],
 )
