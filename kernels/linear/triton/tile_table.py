@@ -12,23 +12,59 @@ def _same(names: tuple[str, ...], tile: Tile, **other: Tile) -> dict[str, Tile]:
     return {**dict.fromkeys(names, tile), **other}
 
 
+def _delta16(size: int) -> dict[str, Tile]:
+    """Tiles of the delta rule for 16-bit inputs; scans take all of the key dims at once."""
+    large = size == 256
+    scan, wide = Tile(size, 32, 8 if large else 4, 1), Tile(size, 16 if large else 32, 16 if large else 8, 1)
+    return {
+        "scores": Tile(64, 64, 4, 1),
+        "scores_diagonal": Tile(32, 64, 8, 1),
+        "factors": Tile(64, 64, 4, 1),
+        "scan": scan,
+        "scan_wide": wide,
+        "output": Tile(64, 64, 4, 2),
+        "scan_backward": scan,
+        "scan_backward_wide": wide,
+        "factors_gradient": Tile(64, 64, 4, 1),
+        "factors_gradient_wide": Tile(64, 32, 8, 1),
+        "solve_backward": Tile(64, 64, 8, 1),
+        "scores_backward": Tile(32, 64, 4, 1),
+        "scores_backward_diagonal": Tile(16, 64, 8, 1),
+    }
+
+
+def _delta32(size: int) -> dict[str, Tile]:
+    """Tiles of the delta rule for 32-bit inputs."""
+    names = ("output", "scores", "factors", "factors_gradient", "solve_backward", "scores_backward")
+    diagonal = {"scores_diagonal": Tile(32, 32, 4, 1), "scores_backward_diagonal": Tile(16, 32, 4, 1)}
+    scans = ("scan", "scan_wide", "scan_backward", "scan_backward_wide")
+    tiles = _same((*names, "factors_gradient_wide"), Tile(32, 32, 4, 1), **diagonal)
+    return {**tiles, **_same(scans, Tile(size, 16, 8 if size == 256 else 4, 1))}
+
+
 _SCAN = {"scan": Tile(64, 64, 4, 1), "scan_backward": Tile(64, 64, 4, 1)}
 _ENTRIES = {
     ("plain", 16, 64): Entry(64, "ieee", {**_same(_PLAIN, Tile(64, 64, 4, 2)), **_SCAN}),
     ("plain", 16, 128): Entry(64, "ieee", {**_same(_PLAIN, Tile(64, 64, 4, 2)), **_SCAN}),
     ("plain", 16, 256): Entry(64, "ieee", {**_same(_PLAIN, Tile(64, 64, 4, 2)), **_SCAN}),
-    ("diagonal", 16, 64): Entry(64, "ieee", {**_same(_PLAIN, Tile(64, 64, 4, 2)), **_SCAN}),
-    ("diagonal", 16, 128): Entry(64, "ieee", {**_same(_PLAIN, Tile(64, 64, 4, 2)), **_SCAN}),
-    ("diagonal", 16, 256): Entry(64, "ieee", {**_same(_PLAIN, Tile(64, 64, 4, 2)), **_SCAN}),
-    ("diagonal", 32, 64): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN}),
-    ("diagonal", 32, 128): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN}),
-    ("diagonal", 32, 256): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN}),
+    ("diagonal", 16, 64): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 64, 4, 1)), **_SCAN}),
+    ("diagonal", 16, 128): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 64, 4, 1)), **_SCAN}),
+    ("diagonal", 16, 256): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 64, 4, 1)), **_SCAN}),
+    ("diagonal", 32, 64): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 8, 1)), **_SCAN}),
+    ("diagonal", 32, 128): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 8, 1)), **_SCAN}),
+    ("diagonal", 32, 256): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 8, 1)), **_SCAN}),
     ("plain", 32, 64): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN}),
     ("plain", 32, 128): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN}),
     ("plain", 32, 256): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN}),
+    # `bf16x3` is for what stays float32 with 16-bit inputs: inverses in chunks, and maps of segments.
+    **{("delta", 16, size): Entry(32 if size == 256 else 64, "bf16x3", _delta16(size)) for size in (64, 128, 256)},
+    **{("delta", 32, size): Entry(32, "ieee", _delta32(size)) for size in (64, 128, 256)},
 }
 
-TABLES = {arch: TileTable(arch, _ENTRIES) for arch in ("sm_80", "sm_90", FALLBACK)}
+# Triton's interpreter does not know `bf16x3`.
+_ANYWHERE = {("delta", 16, size): Entry(32, "tf32x3", _delta16(size)) for size in (64, 128, 256)}
+TABLES = {arch: TileTable(arch, _ENTRIES) for arch in ("sm_80", "sm_90")}
+TABLES[FALLBACK] = TileTable(FALLBACK, {**_ENTRIES, **_ANYWHERE})
 
 
 def table_of(arch: str) -> TileTable:
