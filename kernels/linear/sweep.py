@@ -6,7 +6,7 @@ Nothing that is T x C, or T/C states, ever exists for the whole sequence.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ from longctx.kernels.linear.terms import Terms, terms
 
 # Tokens times heads times batch of a block: what a core's cache holds; launches count on other devices, caches do not.
 BLOCK_ON_CPU, BLOCK = 1 << 12, 1 << 19
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call as `[B, N, C, H, ...]`, those of a block as `[B, N, H, C, ...]`; g is `[H]` where fixed."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +58,18 @@ class Task:
         batch, _, size, heads, _ = q.shape
         return self.chunks.blocks(max(1, (BLOCK_ON_CPU if q.device.type == "cpu" else BLOCK) // (batch * size * heads)))
 
-    def inputs(self, tensors: tuple[Tensor | None, ...], block: Block) -> list[Tensor | None]:
-        """Return q, k, v, g, beta of a block, heads before tokens."""
-        found = []
-        for x in tensors:
-            if x is not None and x.dim() > 1:
-                x = x[:, block.first : block.end].transpose(2, 3).to(self.dtype).contiguous()
-            found.append(x)
-        return found
+    def part(self, x: Tensor, block: Block) -> Tensor:
+        """Return a block of `[B, N, C, H, ...]`, heads before tokens, to compute with."""
+        return x[:, block.first : block.end].transpose(2, 3).to(self.dtype).contiguous()
 
-    def terms(self, block: Block, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Terms:
+    def inputs(self, whole: Inputs, block: Block) -> Inputs:
+        """Return the tensors of a block."""
+        parts: list[Any] = [x if x is None or x.dim() == 1 else self.part(x, block) for x in whole]
+        return Inputs(*parts)
+
+    def terms(self, block: Block, inputs: Inputs) -> Terms:
         """Return the terms of a block."""
+        q, k, v, g, beta = inputs
         return terms(
             q,
             k,
@@ -95,8 +106,8 @@ class _Step:
     reach: Tensor | None
 
 
-def _step(task: Task, block: Block, inputs: list[Tensor | None], state: Tensor, reach: Tensor | None) -> _Step:
-    made = task.terms(block, *inputs)
+def _step(task: Task, block: Block, inputs: Inputs, state: Tensor, reach: Tensor | None) -> _Step:
+    made = task.terms(block, inputs)
     segments = (block.segments[1] - block.segments[0], -1)
     transition = made.transition.unflatten(1, segments)
     before, after = Scan.apply(transition, made.state.unflatten(1, segments), state)
@@ -114,9 +125,9 @@ class Sweep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, task: Task, initial: Tensor, unit: Tensor | None, *tensors: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """Go forwards over q, k, v, g, beta: `[B, N, C, H, ...]`, g `[H]` where it is fixed.
+        ctx: Any, task: Task, initial: Tensor, unit: Tensor | None, *tensors: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Go forwards over the tensors of `Inputs`.
 
         Args:
             initial: `[B, P, H, K, V]`, the states that enter the segments.
@@ -129,20 +140,20 @@ class Sweep(torch.autograd.Function):
             queries: with `unit`, `[B, N, C, H, K]`: further states S give a token `queries S` more; else None.
             transition: with `unit`, `[B, P, H, ...]`: and are M S after the segments; else None.
         """
-        q, _, v = tensors[:3]
-        assert q is not None and v is not None
-        final, out, queries, transition = torch.empty_like(initial), torch.empty_like(v), None, None
+        whole = Inputs(*tensors)
+        final, queries, transition = torch.empty_like(initial), None, None
+        out = torch.empty_like(whole.v, dtype=whole.v.dtype if unit is None else task.dtype)
         if unit is not None:
-            out, queries = out.to(task.dtype), torch.empty_like(q, dtype=task.dtype)
+            queries = torch.empty_like(whole.q, dtype=task.dtype)
             transition = torch.empty_like(unit, memory_format=torch.contiguous_format)
         entered: list[Tensor | None] = []
         state, reach = initial, unit
-        for block in task.blocks(q):
+        for block in task.blocks(whole.q):
             here, those = slice(block.first, block.end), slice(*block.segments)
             if block.begins:
                 state, reach = initial[:, those], None if unit is None else unit[:, those]
             entered += [state, reach]
-            step = _step(task, block, task.inputs(tensors, block), state, reach)
+            step = _step(task, block, task.inputs(whole, block), state, reach)
             part = step.terms.scores @ step.terms.values
             part += step.terms.queries @ step.before
             torch.mul(part.transpose(2, 3), task.scale, out=out[:, here])
@@ -163,51 +174,45 @@ class Sweep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Go backwards: each block's graph once more, and through it."""
         task: Task = ctx.task
-        tensors, entered = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        whole, entered = Inputs(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
         dout, dfinal, dqueries, dtransition = grads
         needs = ctx.needs_input_grad[3:]
         totals = [
-            None if x is None or not need else (torch.empty_like(x) if x.dim() > 1 else torch.zeros_like(x))
-            for x, need in zip(tensors, needs, strict=True)
+            (torch.empty_like if x.dim() > 1 else torch.zeros_like)(x) if x is not None and need else None
+            for x, need in zip(whole, needs, strict=True)
         ]
-        blocks = task.blocks(tensors[0])
         dinitial: list[Tensor] = []
-        dstate: Tensor | None = None
-        dreach: Tensor | None = None
-        for i, block in reversed(list(enumerate(blocks))):
+        dstate, dreach = dfinal, dtransition
+        for i, block in reversed(list(enumerate(task.blocks(whole.q)))):
             those = slice(*block.segments)
             if block.ends:
                 dstate, dreach = (None if x is None else x[:, those] for x in (dfinal, dtransition))
-            inputs = task.inputs(tensors, block)
-            leaves = [
-                x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)
-            ]
-            state, reach = (x if x is None else x.detach().requires_grad_() for x in entered[2 * i : 2 * i + 2])
+            leaves = [_leaf(x, need) for x, need in zip(task.inputs(whole, block), needs, strict=True)]
+            state, reach = (_leaf(x, True) for x in entered[2 * i : 2 * i + 2])
             with torch.enable_grad():
-                step = _step(task, block, leaves, state, reach)
+                step = _step(task, block, Inputs(*leaves), state, reach)
             cotangents = [(step.after, dstate), (step.reach, dreach)]
             if dout is not None:
-                cotangents += _of_out(step, _part(task, dout, block))
+                cotangents += _of_out(step, task.part(dout, block).mul(task.scale))
             if dqueries is not None:
-                cotangents.append((step.further, _part(task, dqueries, block)))
+                cotangents.append((step.further, task.part(dqueries, block).mul(task.scale)))
             dstate, dreach, *found = _gradients(cotangents, [state, reach, *leaves])
             if block.begins:
+                assert dstate is not None
                 dinitial.append(dstate)
             for x, total in zip(found, totals, strict=True):
-                if total is not None and x is not None:
-                    if total.dim() == 1:
-                        total += x
-                    else:
-                        total[:, block.first : block.end] = x.transpose(2, 3)
+                if x is not None and total is not None and total.dim() == 1:
+                    total += x
+                elif x is not None and total is not None:
+                    total[:, block.first : block.end] = x.transpose(2, 3)
         return None, torch.cat(dinitial[::-1], dim=1), None, *totals
 
 
-def _part(task: Task, grad: Tensor, block: Block) -> Tensor:
-    """Return a block of the gradient of something scaled, heads before tokens."""
-    return grad[:, block.first : block.end].transpose(2, 3).to(task.dtype).contiguous() * task.scale
+def _leaf(x: Tensor | None, need: bool) -> Any:
+    return x if x is None else x.detach().requires_grad_(need)
 
 
-def _of_out(step: _Step, dout: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _of_out(step: _Step, dout: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
     """Return the gradients of the factors of `out = scores values + queries before`, which itself nobody needs."""
     made = step.terms
     with torch.no_grad():

@@ -12,7 +12,7 @@ from longctx.kernels.linear.chunks import chunks_of
 from longctx.kernels.linear.contract import Cuts, LinearRequest, gate_of, state_dtype
 from longctx.kernels.linear.read import Read
 from longctx.kernels.linear.sight import Documents
-from longctx.kernels.linear.sweep import Sweep, Task
+from longctx.kernels.linear.sweep import Inputs, Sweep, Task
 
 CHUNK = 64
 PER_TOKEN = ("scalar", "diagonal")
@@ -71,7 +71,13 @@ class TorchWork:
             tokens=chunks.tokens(q.device),
             documents=None if cuts.documents is None else Documents(cuts, chunks),
         )
-        self._tensors = tuple(x if x is None or x.dim() == 1 else chunks.split(x) for x in (q, k, v, g, beta))
+        self._inputs = Inputs(
+            q=chunks.split(q),
+            k=chunks.split(k),
+            v=chunks.split(v),
+            g=chunks.split(g) if g is not None and gate in PER_TOKEN else g,
+            beta=None if beta is None else chunks.split(beta),
+        )
         self._dtype = q.dtype
         self._states = (q.shape[0], len(cuts.lengths), q.shape[2], q.shape[3], v.shape[3])
         self._from_nothing: tuple[Tensor, Tensor, Affine] | None = None
@@ -91,19 +97,19 @@ class TorchWork:
         out, queries, summary = self._from_nothing
         if states is None:
             return self._chunks.join(out).to(self._dtype), summary.state
-        out = Read.apply(self._task.blocks(self._tensors[0]), self._dtype, out, queries, states)
+        out = Read.apply(self._task.blocks(self._inputs.q), self._dtype, out, queries, states)
         return self._chunks.join(out), summary(states)
 
     def _sweep(self, states: Tensor | None, *, unit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if states is None:
-            states = self._tensors[0].new_zeros(self._states, dtype=self._task.dtype)
-        return Sweep.apply(self._task, states, unit, *self._tensors)
+            states = self._inputs.q.new_zeros(self._states, dtype=self._task.dtype)
+        return Sweep.apply(self._task, states, unit, *self._inputs)
 
     def _unit(self) -> Tensor:
         """Return the identity as transition of the segments."""
         batch, segments, heads, size, _ = self._states
-        q, _, _, _, beta = self._tensors
-        if beta is not None:
+        q = self._inputs.q
+        if self._inputs.beta is not None:
             one = torch.eye(size, dtype=self._task.dtype, device=q.device)
         else:
             one = torch.ones(size if self._task.gate == "diagonal" else 1, 1, dtype=self._task.dtype, device=q.device)

@@ -1,5 +1,8 @@
 """The torch kernel in 16 and 32 bits, and in float32 cut into segments, as the ranks of a group have them."""
 
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,15 +12,30 @@ from longctx.kernels.linear.contract import Cuts
 from longctx.kernels.linear.reference import Reference
 from longctx.kernels.linear.torch_kernel import TorchKernel
 from tests.kernels.linear.linear_cases import GATES, Problem, everything, problem
+from tests.support.pairs import Case, covering
 from tests.support.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_within_budget
 
+FACTORS: dict[str, Any] = {
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "gate": GATES,
+    "delta": (False, True),
+    "values": ("ordinary", "mixed", "strong"),
+}
 
-@pytest.mark.parametrize("values", ["ordinary", "mixed", "strong"])
-@pytest.mark.parametrize("delta", [False, True])
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_is_within_the_budget_of_the_recurrence(dtype: torch.dtype, gate: str, delta: bool, values: str) -> None:
-    """What the dtype can do is what the recurrence does on the same tensors, which rounds its results as we do."""
+
+@pytest.mark.parametrize("case", covering(FACTORS), ids=str)
+def test_is_within_the_budget_of_the_recurrence(case: Case) -> None:
+    within_budget(**case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(product(*FACTORS.values())), ids=str)
+def test_all_are_within_the_budget(case: tuple[Any, ...]) -> None:
+    within_budget(**dict(zip(FACTORS, case, strict=True)))
+
+
+def within_budget(*, dtype: torch.dtype, gate: str, delta: bool, values: str) -> None:
+    """Compare with the recurrence on the same tensors: it computes in float32 and rounds its results, as we do."""
     rounded = problem(
         gate=gate, delta=delta, lengths=(100, 29), values=values, packed=True, heads=4, key_dim=16, value_dim=16
     ).to(dtype, wide=torch.float32)
