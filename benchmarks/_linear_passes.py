@@ -121,7 +121,12 @@ def peer(kind: str, folder: Path | None) -> Op | None:
     if kind == "linear":
         return lambda x: function(x.q, x.k, x.v)
     if kind == "deltanet":  # heads before tokens
-        return lambda x: function(*(y.transpose(1, 2) for y in (x.q, x.k, x.v, x.beta)))[0].transpose(1, 2)
+        return lambda x: function(*(_given(y).transpose(1, 2) for y in (x.q, x.k, x.v, x.beta)))[0].transpose(1, 2)
     if kind in DELTA:
         return lambda x: function(x.q, x.k, x.v, x.g, x.beta)[0]
-    return lambda x: function(x.q, x.k, x.v, x.g.expand(x.q.shape[:3]))[0]
+    return lambda x: function(x.q, x.k, x.v, _given(x.g).expand(x.q.shape[:3]))[0]
+
+
+def _given(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
