@@ -1,7 +1,7 @@
 """Make Triton's interpreter compute bfloat16 as devices do.
 
-It keeps bfloat16 as 16-bit integers. Its `dot` multiplies these (Triton 3.7), and its conversion from float32 cuts digits
-off instead of rounding to nearest even.
+It keeps bfloat16 as 16-bit integers. Its `dot` multiplies these (Triton 3.7), and its conversion from float32 cuts
+digits off instead of rounding to nearest even.
 """
 
 from typing import Any

@@ -61,7 +61,7 @@ class Worker:
     def _started(self) -> subprocess.Popen[bytes]:
         if self.process is None:
             environment = dict(os.environ, TRITON_INTERPRET="1" if self.interpret else "0", OMP_NUM_THREADS="1")
-            environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+            environment["PYTHONPATH"] = os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)])
             self.process = subprocess.Popen(
                 [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT
             )
@@ -100,7 +100,10 @@ def _serve() -> None:
     import traceback
 
     import torch
+    from worker import make_tests_importable  # beside this script, whose folder comes first on the path
 
+    sys.path.pop(0)
+    make_tests_importable()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a task prints goes to stderr
     torch.set_num_threads(1)

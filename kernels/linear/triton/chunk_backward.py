@@ -5,8 +5,11 @@ With ds_ij = dout_i . v_j for visible pairs, P_i the decay from before the chunk
     dq_i = scale (sum_j ds_ij e_ij k_j + P_i S dout_i)      dk_j = scale sum_i ds_ij e_ij q_i + Q_j dR v_j
     dv_j = scale sum_i (q_i e_ij k_j) dout_i + Q_j dR^T k_j
 
-A sum of log decays up to token t multiplies q_t and divides k_t: its gradient is q dq - k dk, to which the decay to the
-chunk's end adds sum_j k_j (Q_j dR v_j) at the last token. `chunk_forward.py` says how tensors are laid out.
+The gate of token t scales everything that passes from before t to t or later. Per head its gradient is added up from
+just these terms: w_ij = ds_ij e_ij (q_i . k_j) over j < t <= i, what comes from the entering state at i >= t, and what
+j < t gives to the leaving state. Per key dim that would be a product per dim and pair. There the gradient of the sum of
+gates up to a token is taken, q dq - k dk, which has the pairs on one side of t as well; they cancel.
+`chunk_forward.py` says how tensors are laid out.
 """
 
 import triton
@@ -36,8 +39,8 @@ def dq_kernel(
 ):  # fmt: skip
     """Write dq, and q's part of the gates' gradient.
 
-    dgates: for `scalar` that of the running sums, `[blocks of K, B, T, H]`, to be summed over blocks; for `diagonal`
-    that of the gates `[B, T, H, K]`. rows_of_all = B T H.
+    dgates: for `scalar` `[blocks of K, B, T, H]`, to be summed over blocks; for `diagonal` `[B, T, H, K]`.
+    rows_of_all = B T H.
     """
     key_blocks: tl.constexpr = (K + BK - 1) // BK
     block, chunk = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
@@ -63,25 +66,28 @@ def dq_kernel(
     visible = same_document(of_row, begin, rows, rows, count) & (rows[:, None] >= rows[None, :])
     ks = load_rows(k + first * K, rows, keys, inside, H * K, K)
     if GATE == "diagonal":
-        own, following = load_gates(gates + first * K, rows, keys, count, H * K, K)
+        own, _ = load_gates(gates + first * K, rows, keys, count, H * K, K)
         acc *= decay_from_begin(own, C, BK, C)
-        acc += diagonal_rows(tl.where(visible, ds, 0.0), ks, own, following, C, BK, LEVELS, PRECISION)
+        acc += diagonal_rows(tl.where(visible, ds, 0.0), ks, own, C, LEVELS, PRECISION)
     else:
         ds = tl.where(visible, ds, 0.0)
         if GATE == "scalar":
             high, low = load_sums(gates + first, rows, count, H)
             acc *= tl.exp(high)[:, None]
             ds *= pair_decay(high, low, visible)
+            qs = load_rows(q + first * K, rows, keys, inside, H * K, K)
+            from_state = tl.sum(acc * qs, axis=1)
+            passed = tl.cumsum(ds * tl.dot(qs, tl.trans(ks), input_precision=PRECISION), axis=0, reverse=True)
+            rest = tl.sum(tl.where(rows[:, None] > rows[None, :], passed, 0.0), axis=1)
+            rest = (rest + tl.cumsum(from_state, axis=0, reverse=True)) * scale
+            tl.store(dgates + block * rows_of_all + first + rows * H, rest, mask=inside)
         acc += tl.dot(ds.to(k.dtype.element_ty), ks, input_precision=PRECISION)
     acc *= scale
     store_rows(dq + first * K, rows, keys, inside, H * K, acc, K)
-    if GATE != "none":
+    if GATE == "diagonal":
         product = acc * load_rows(q + first * K, rows, keys, inside, H * K, K)
-        if GATE == "diagonal":
-            rest = tl.cumsum(product, axis=0, reverse=True)
-            store_rows(dgates + first * K, rows, keys, inside, H * K, rest, K)
-        else:
-            tl.store(dgates + block * rows_of_all + first + rows * H, tl.sum(product, axis=1), mask=inside)
+        rest = tl.cumsum(product, axis=0, reverse=True)
+        store_rows(dgates + first * K, rows, keys, inside, H * K, rest, K)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
@@ -118,25 +124,26 @@ def dk_kernel(
         leaving = of_document(of_row, begin, rows, tl.load(of_row + begin + count - 1), count)
         acc = tl.where(leaving[:, None], acc, 0.0)
     visible = same_document(of_row, begin, rows, rows, count) & (rows[:, None] >= rows[None, :])
-    ds = tl.where(visible, ds, 0.0) * scale
+    ds = tl.where(visible, ds, 0.0)
     qs = load_rows(q + first * K, rows, keys, inside, H * K, K)
     if GATE == "none":
-        acc += tl.dot(tl.trans(ds.to(q.dtype.element_ty)), qs, input_precision=PRECISION)
+        acc += tl.dot(tl.trans(ds.to(q.dtype.element_ty)), qs, input_precision=PRECISION) * scale
     else:
         ks = load_rows(k + first * K, rows, keys, inside, H * K, K).to(tl.float32)
         if GATE == "scalar":
             high, low = load_sums(gates + first, rows, count, H)
             acc *= decay_to_last(gates + first, high, low, leaving, count, H)[:, None]
-            to_last = tl.sum(tl.sum(acc * ks, axis=1), axis=0)
+            to_state = tl.sum(acc * ks, axis=1)
+            earlier = tl.cumsum(to_state, axis=0) - to_state
+            tl.store(dgates + block * rows_of_all + first + rows * H, earlier, mask=inside)
             ds *= pair_decay(high, low, visible)
-            acc += tl.dot(tl.trans(ds.to(q.dtype.element_ty)), qs, input_precision=PRECISION)
-            product = tl.where(rows == count - 1, to_last, 0.0) - tl.sum(acc * ks, axis=1)
-            tl.store(dgates + block * rows_of_all + first + rows * H, product, mask=inside)
+            acc += tl.dot(tl.trans(ds.to(q.dtype.element_ty)), qs, input_precision=PRECISION) * scale
         else:
             own, following = load_gates(gates + first * K, rows, keys, count, H * K, K)
             acc *= decay_to_end(following, C, BK, C)
-            to_last = tl.sum(acc * ks, axis=0) + tl.load(dtotals + state * K + keys, mask=keys < K, other=0.0)
-            acc += diagonal_columns(ds, qs, own, following, C, BK, LEVELS, PRECISION)
+            of_total = tl.load(dtotals + state * K + keys, mask=keys < K, other=0.0).to(tl.float32)
+            to_last = tl.sum(acc * ks, axis=0) + of_total
+            acc += diagonal_columns(ds, qs, own, C, LEVELS, PRECISION) * scale
             rest = to_last[None, :] - tl.cumsum(acc * ks, axis=0, reverse=True)
             store_rows(dgates + first * K, rows, keys, inside, H * K, rest, K)
     store_rows(dk + first * K, rows, keys, inside, H * K, acc, K)
@@ -164,7 +171,7 @@ def dv_kernel(
         ks = load_rows(k + first * K, rows, keys, inside, H * K, K)
         if GATE == "diagonal":
             own, following = load_gates(gates + first * K, rows, keys, count, H * K, K)
-            scores += diagonal_scores(qs, ks, own, following, C, BK, LEVELS, PRECISION)
+            scores += diagonal_scores(qs, ks, own, C, LEVELS, PRECISION)
             ks = (ks * decay_to_end(following, C, BK, C)).to(k.dtype.element_ty)
         else:
             scores += tl.dot(qs, tl.trans(ks), input_precision=PRECISION)

@@ -1,7 +1,7 @@
 """Kernels of the forward pass: what a chunk adds to a state, and the outputs from the states that enter chunks.
 
-All tensors are contiguous: q, k `[B, T, H, K]`, v `[B, T, H, V]`, states `[B, N, H, K, V]` float32; `gates` is None, for
-`scalar` the running sums inside of chunks `[B, T, H]` in float64, for `diagonal` the gates `[B, T, H, K]` in float32.
+All tensors are contiguous: q, k `[B, T, H, K]`, v `[B, T, H, V]`, states `[B, N, H, K, V]` float32; `gates` is None,
+for `scalar` the running sums inside of chunks `[B, T, H]` in float64, for `diagonal` the gates `[B, T, H, K]` in float32.
 Grids are (blocks of one chunk * N, B * H). A chunk is C rows, a power of two, of which `count` are tokens.
 """
 
@@ -44,8 +44,8 @@ def outer_kernel(
     """Write scale * sum_t w_t x_t y_t^T of every chunk to `result` `[B, N, H, K, V]`.
 
     SIDE `end`: w_t is the decay from t to the chunk's last token, of tokens of its document: x = k, y = v give R. For
-    `diagonal` also the chunk's sums of gates to `totals` `[B, N, H, K]`. SIDE `begin`: w_t is the decay from before the
-    chunk to t, of tokens of the entering document: x = q, y = dout give the gradient of the entering state.
+    `diagonal` also the chunk's sums of gates to `totals` `[B, N, H, K]`, float64. SIDE `begin`: w_t is the decay from
+    before the chunk to t, of tokens of the entering document: x = q, y = dout give the gradient of the entering state.
     """
     key_blocks: tl.constexpr = (K + BK - 1) // BK
     value_blocks: tl.constexpr = (V + BV - 1) // BV
@@ -77,7 +77,7 @@ def outer_kernel(
         if SIDE == "end":
             xs = (xs * decay_to_end(following, C, BK, C)).to(x.dtype.element_ty)
             if block % value_blocks == 0:
-                tl.store(totals + state * K + keys, tl.sum(own, axis=0), mask=keys < K)
+                tl.store(totals + state * K + keys, tl.sum(own.to(tl.float64), axis=0), mask=keys < K)
         else:
             xs = (xs * decay_from_begin(own, C, BK, C)).to(x.dtype.element_ty)
     made = tl.dot(tl.trans(xs), ys, input_precision=PRECISION) * scale
@@ -105,8 +105,8 @@ def out_kernel(
         qs = load_rows(q + first * K, rows, keys, inside, H * K, K)
         ks = load_rows(k + first * K, rows, keys, inside, H * K, K)
         if GATE == "diagonal":
-            own, following = load_gates(gates + first * K, rows, keys, count, H * K, K)
-            scores += diagonal_scores(qs, ks, own, following, C, BK, LEVELS, PRECISION)
+            own, _ = load_gates(gates + first * K, rows, keys, count, H * K, K)
+            scores += diagonal_scores(qs, ks, own, C, LEVELS, PRECISION)
             qs = (qs * decay_from_begin(own, C, BK, C)).to(q.dtype.element_ty)
         else:
             scores += tl.dot(qs, tl.trans(ks), input_precision=PRECISION)

@@ -1,10 +1,10 @@
 """Linear attention with decays, or none, by Triton kernels: the differentiable steps, and the work made of them.
 
 `ChunkMaps` makes what each chunk adds to a state and stands for the outputs from nothing; `Scan` the states that enter
-chunks; `Output` the outputs. Between them flow the states, and gradients come back the same way. The gradients of k and v
-have a part that comes through the outputs and one that comes through the states. Both are added up in float32 inside of
-`ChunkMaps`' backward kernels: `Output` hands dout on to it by way of a tensor without contents, `nothing`, whose gradient
-dout is (out = outputs from nothing + those from the entering states).
+chunks; `Output` the outputs. Between them flow the states, and gradients come back the same way. The gradients of k and
+v have a part that comes through the outputs and one that comes through the states. Both are added up in float32 inside
+of `ChunkMaps`' backward kernels: `Output` hands dout on to it by way of a tensor without contents, `nothing`, whose
+gradient dout is (out = outputs from nothing + those from the entering states).
 """
 
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class Problem:
         tile = self.entry.tiles["outer"]
         result, totals = self.states_like(x, y), None
         if side == "end" and self.gate == "diagonal":
-            totals = torch.empty(result.shape[:-1], dtype=torch.float32, device=x.device)
+            totals = torch.empty(result.shape[:-1], dtype=torch.float64, device=x.device)
         arguments = self.arguments(x, y, tile) | {"x": x, "y": y, "gates": gates, "entering": self.entering}
         arguments |= {"result": result, "totals": totals, "SIDE": side}
         arguments["scale"] = 1.0 if side == "end" else self.scale
@@ -101,14 +101,15 @@ class Problem:
 
 
 class ChunkMaps(torch.autograd.Function):
-    """(q, k, v, gates) -> R `[B, N, H, K, V]`, for `diagonal` the chunks' sums of gates `[B, N, H, K]`, `nothing`.
+    """(q, k, v, g, gates) -> R `[B, N, H, K, V]`, for `diagonal` the chunks' sums of gates `[B, N, H, K]`, `nothing`.
 
-    Differentiable in k, v and gates. q has no part in R; the gradient through `nothing` needs it.
+    Differentiable in k, v and g (None, `[B, T, H]` or `[B, T, H, K]`), which the kernels read as `gates`. q has no part
+    in R; the gradient through `nothing` needs it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, problem: Problem
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gates: Tensor | None, problem: Problem
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         made, totals = problem.outer(k, v, gates, side="end")
         ctx.save_for_backward(q, k, v, gates)
@@ -119,7 +120,7 @@ class ChunkMaps(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, dmade: Tensor, dtotals: Tensor | None, dout: Tensor
-    ) -> tuple[None, Tensor, Tensor, Tensor | None, None]:
+    ) -> tuple[None, Tensor, Tensor, Tensor | None, None, None]:
         q, k, v, gates = ctx.saved_tensors
         problem: Problem = ctx.problem
         given = {"q": q, "k": k, "gates": gates, "dstates": dmade.contiguous(), "dout": dout.contiguous()}
@@ -134,13 +135,13 @@ class ChunkMaps(torch.autograd.Function):
         tile = problem.entry.tiles["dv"]
         arguments = problem.arguments(q, v, tile) | given | {"dv": dv}
         problem.launch(dv_kernel, cdiv(v.shape[-1], arguments["BV"]), v, arguments, tile)
-        return None, dk, dv, _summed(problem, dgates), None
+        return None, dk, dv, _summed(problem, dgates), None, None
 
 
 class Output(torch.autograd.Function):
-    """(q, k, v, gates, states that enter chunks, `nothing`) -> out `[B, T, H, V]`.
+    """(q, k, v, g, gates, states that enter chunks, `nothing`) -> out `[B, T, H, V]`.
 
-    Differentiable in q, gates, states and `nothing`, through which the gradients of k and v go.
+    Differentiable in q, g, states and `nothing`, through which the gradients of k and v go.
     """
 
     @staticmethod
@@ -149,6 +150,7 @@ class Output(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        g: Tensor | None,
         gates: Tensor | None,
         states: Tensor,
         nothing: Tensor,
@@ -164,7 +166,7 @@ class Output(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, Tensor | None, Tensor, Tensor, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, Tensor | None, None, Tensor, Tensor, None]:
         q, k, v, gates, states = ctx.saved_tensors
         problem: Problem = ctx.problem
         dout = dout.contiguous()
@@ -176,7 +178,7 @@ class Output(torch.autograd.Function):
         arguments |= {"LEVELS": problem.levels, "rows_of_all": q[..., 0].numel()}
         problem.launch(dq_kernel, blocks, q, arguments, tile)
         dstates, _ = problem.outer(q, dout, gates, side="begin")
-        return dq, None, None, _summed(problem, dgates), dstates, dout, None
+        return dq, None, None, _summed(problem, dgates), None, dstates, dout, None
 
 
 def _gate_gradients(problem: Problem, q: Tensor, blocks: int) -> Tensor | None:
@@ -210,16 +212,15 @@ class DecayedWork:
         gate = "scalar" if gate_of(g) == "fixed" else gate_of(g)
         self.problem = Problem(gate, scale, table, chunk_documents(cuts, table), entry)
         self.q, self.k, self.v = q, k, v
-        gates = totals = None
-        if gate == "scalar":
-            assert g is not None
-            self.gates = gates = _running_sums(g, table, q.shape[0])
-            totals = gates[:, table.last, :, None]
-        elif gate == "diagonal":
-            assert g is not None
-            gates = g.clamp(min=WEAKEST).contiguous()
-        self.gates = gates
-        self.made, sums, self.nothing = ChunkMaps.apply(q, k, v, gates, self.problem)
+        totals = self.g = self.gates = None
+        if g is not None and gate == "scalar":
+            sums = running_sums(g, table, q.shape[0])
+            totals, self.gates = sums[:, table.last, :, None], sums.detach()
+            self.g = g.double().expand(q.shape[:3])  # a fixed decay's gradient is a sum over all tokens
+        elif g is not None:
+            self.g = g.clamp(min=WEAKEST).contiguous()
+            self.gates = self.g.detach()
+        self.made, sums, self.nothing = ChunkMaps.apply(q, k, v, self.g, self.gates, self.problem)
         self.totals = totals if sums is None else sums  # log decays of chunks [B, N, H, 1 or K], None = no decay
         kept = None if self.problem.documents is None else self.problem.documents.kept
         self.transitions = self._decays(self.totals, kept, table.chunks)
@@ -238,7 +239,7 @@ class DecayedWork:
         """Return out, and the states after the segments."""
         entering, final = Scan.apply(self.transitions, self.made, states, self.problem.table, self.problem.entry)
         k, v = self.k.detach(), self.v.detach()  # their gradients go through `nothing`
-        return Output.apply(self.q, k, v, self.gates, entering, self.nothing, self.problem), final
+        return Output.apply(self.q, k, v, self.g, self.gates, entering, self.nothing, self.problem), final
 
     def _decays(self, totals: Tensor | None, kept: Tensor | None, count: int) -> Tensor:
         """Return decays `[B, count, H, 1 or K]` from their logarithms, 0 where a document begins."""
@@ -250,7 +251,7 @@ class DecayedWork:
         return decays if kept is None else decays * kept[:, :, None, None]
 
 
-def _running_sums(g: Tensor, table: ChunkTable, batch: int) -> Tensor:
+def running_sums(g: Tensor, table: ChunkTable, batch: int) -> Tensor:
     """Return float64 `[B, T, H]`: each token's sum of gates `[H]` or `[B, T, H]` from its chunk's first token on."""
     wide = g.double().clamp(min=WEAKEST)
     tokens = int(table.count.sum()) if g.dim() == 1 else g.shape[1]

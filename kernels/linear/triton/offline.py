@@ -65,5 +65,7 @@ def launches(configuration: Configuration) -> list[Launch]:
     unique: dict[object, Launch] = {}
     for launch in found:
         constants = {name: x for name, x in launch.arguments.items() if not isinstance(x, torch.Tensor)}
-        unique.setdefault((launch.kernel.__name__, launch.warps, launch.stages, repr(sorted(constants.items()))), launch)
+        unique.setdefault(
+            (launch.kernel.__name__, launch.warps, launch.stages, repr(sorted(constants.items()))), launch
+        )
     return list(unique.values())

@@ -101,7 +101,12 @@ class Scan(torch.autograd.Function):
             "bounds": table.bounds,
             "chunks": chunks,
             "segments": segments,
-            **{"H": heads, "K": key_dim, "V": value_dim, "M": transitions.shape[-1], "BK": keys, "BV": values},
+            "H": heads,
+            "K": key_dim,
+            "V": value_dim,
+            "M": transitions.shape[-1],
+            "BK": keys,
+            "BV": values,
         }
         grid = (cdiv(key_dim, keys) * cdiv(value_dim, values) * segments, batch * heads)
         launch(scan_kernel, grid, arguments, warps=tile.warps, stages=tile.stages)
@@ -133,7 +138,12 @@ class Scan(torch.autograd.Function):
             "chunks": chunks,
             "segments": dfinal.shape[1],
             "rows_of_all": batch * chunks * heads,
-            **{"H": heads, "K": key_dim, "V": value_dim, "M": transitions.shape[-1], "BK": keys, "BV": values},
+            "H": heads,
+            "K": key_dim,
+            "V": value_dim,
+            "M": transitions.shape[-1],
+            "BK": keys,
+            "BV": values,
         }
         grid = (key_blocks * value_blocks * dfinal.shape[1], batch * heads)
         launch(scan_backward_kernel, grid, arguments, warps=tile.warps, stages=tile.stages)
