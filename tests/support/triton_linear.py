@@ -1,8 +1,8 @@
 """Problems of linear attention, and the same computed three ways: by a kernel, by the reference, by plain torch.
 
 What is compared is everything that one call gives: out, the states after segments, the summary, and the gradients of
-q, k, v, g, beta and of the states that enter. Plain torch is the formula written out over all pairs of tokens, in the inputs'
-dtype: what the error budget of low precision is measured with (`tolerance.py`).
+q, k, v, g, beta and of the states that enter. Plain torch is the formula written out over all pairs of tokens, in the
+dtype of the inputs: what the error budget of low precision is measured with (`tolerance.py`).
 """
 
 from dataclasses import dataclass, replace

@@ -1,7 +1,7 @@
 """Kernels of the forward pass: what a chunk adds to a state, and the outputs from the states that enter chunks.
 
 All tensors are contiguous: q, k `[B, T, H, K]`, v `[B, T, H, V]`, states `[B, N, H, K, V]` float32; `gates` is None,
-for `scalar` the running sums inside of chunks `[B, T, H]` in float64, for `diagonal` the gates `[B, T, H, K]` in float32.
+for `scalar` the running sums inside of chunks `[B, T, H]` in float64, for `diagonal` the gates `[B, T, H, K]`, float32.
 Grids are (blocks of one chunk * N, B * H). A chunk is C rows, a power of two, of which `count` are tokens.
 """
 

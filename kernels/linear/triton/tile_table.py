@@ -15,7 +15,7 @@ def _same(names: tuple[str, ...], tile: Tile, **other: Tile) -> dict[str, Tile]:
 def _delta16(size: int) -> dict[str, Tile]:
     """Tiles of the delta rule for 16-bit inputs; scans take all of the key dims at once."""
     large = size == 256
-    scan, wide = Tile(size, 32, 8 if large else 4, 1), Tile(size, 16 if large else 32, 16 if large else 8, 1)
+    scan, wide = Tile(size, 32, 8 if large else 4, 1), Tile(size, 16 if large else 32, 8, 1)
     return {
         "scores": Tile(64, 64, 4, 1),
         "scores_diagonal": Tile(32, 64, 8, 1),
@@ -63,7 +63,11 @@ _ENTRIES = {
 
 # Triton's interpreter does not know `bf16x3`.
 _ANYWHERE = {("delta", 16, size): Entry(32, "tf32x3", _delta16(size)) for size in (64, 128, 256)}
-TABLES = {arch: TileTable(arch, _ENTRIES) for arch in ("sm_80", "sm_90")}
+# Where chunks of 64 with a decay per key dim do not spill.
+_SM_90 = {
+    ("diagonal", 16, size): Entry(64, "ieee", {**_same(_PLAIN, Tile(32, 64, 8, 1)), **_SCAN}) for size in (64, 128, 256)
+}
+TABLES = {"sm_80": TileTable("sm_80", _ENTRIES), "sm_90": TileTable("sm_90", {**_ENTRIES, **_SM_90})}
 TABLES[FALLBACK] = TileTable(FALLBACK, {**_ENTRIES, **_ANYWHERE})
 
 
