@@ -218,16 +218,16 @@ def describe_linear(shape: StackShape, *, states: Layout, sequences: int = 1) ->
     line = f"linear layers: {len(shape.layers.linear)} of {describe_layers(shape.layers.kinds)}"
     if states.cp == 1:
         return [line]
-    sent = shape.traffic(states)
+    sent, relayouts = shape.most(states), shape.relayouts(states).total()
     told = f"{_size(sent.states * sequences)} of states"
     if sent.halos:
         told += f" and {_size(sent.halos * sequences)} of halos"
     of = f"{sequences} sequence(s), forward and backward"
     lines = [f"{line}, {states.describe()}, {shape.passing.name}: a rank sends at most {told} for {of}"]
-    if sent.relayouts:
+    if relayouts:
         change = f"{shape.softmax_layout.describe()} <-> {states.describe()}"
         lines.append(
-            f"relayout: {sent.relayouts} of the hidden states per forward, {change}: a rank sends at most "
+            f"relayout: {relayouts} of the hidden states per forward, {change}: a rank sends at most "
             f"{_size(sent.moved * sequences)} for {of}"
         )
     return lines

@@ -1,7 +1,7 @@
 """Where linear layers run, and what a stack sends besides K/V: states, halos, relayouts. Integers only."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -23,16 +23,17 @@ MANY_RANKS = 32  # above, the first, the middle and the last one stand for all
 
 @dataclass(frozen=True, kw_only=True)
 class StackTraffic:
-    """Bytes that one rank sends for one sequence, forward and backward; the rank that sends most.
+    """Bytes that one rank sends for one sequence, forward and backward, besides K/V.
 
     Attributes:
-        relayouts: how often tokens change the layout in a forward pass.
+        states: for the states that enter its segments and others'.
+        halos: for short convolutions.
+        moved: for relayouts of hidden states.
     """
 
     states: int
     halos: int
     moved: int
-    relayouts: int
 
     @property
     def total(self) -> int:
@@ -75,49 +76,43 @@ class StackShape:
         linear = set(self.layers.linear)
         return tuple(states if index in linear else self.softmax_layout for index in range(len(self.layers.kinds)))
 
-    def traffic(self, states: Layout) -> StackTraffic:
-        """Count what is sent where the linear layers run in `states`."""
-        changes = Counter((a, b) for a, b in pairwise(self.layouts(states)) if a != b and a.cp > 1)
+    def relayouts(self, states: Layout) -> Counter[tuple[Layout, Layout]]:
+        """Count the changes of layout in a forward pass, where the linear layers run in `states`."""
+        return Counter((a, b) for a, b in pairwise(self.layouts(states)) if a != b and a.cp > 1)
+
+    def traffic(self, states: Layout, *, rank: int) -> StackTraffic:
+        """Count what a rank sends where the linear layers run in `states`."""
         row = self.dim * self.dtype.itemsize
 
-        def bytes_of(source: Layout, target: Layout, rank: int) -> int:
+        def moved(source: Layout, target: Layout) -> int:
             return relayout_sent(source, target, rank=rank, total=self.total, row_bytes=row).bytes
 
-        def moved(rank: int) -> int:
-            return sum(n * (bytes_of(a, b, rank) + bytes_of(b, a, rank)) for (a, b), n in changes.items())
-
-        kinds = Counter(self.layers.kinds[index] for index in self.layers.linear)
+        kinds = [(self.linear(kind), self.layers.kinds.count(kind)) for kind in self.layers.linear_kinds]
         return StackTraffic(
-            states=sum(n * self._states(self.linear(kind), states) for kind, n in kinds.items()),
-            halos=sum(n * self._halo(self.linear(kind), states) for kind, n in kinds.items()),
-            moved=_most(moved, states.cp) if changes else 0,
-            relayouts=changes.total(),
+            states=sum(count * self._states(shape, states, rank) for shape, count in kinds),
+            halos=sum(count * self._halo(shape, states, rank) for shape, count in kinds),
+            moved=sum(n * (moved(a, b) + moved(b, a)) for (a, b), n in self.relayouts(states).items()),
         )
 
-    def _states(self, shape: LinearShape, layout: Layout) -> int:
+    def most(self, states: Layout) -> StackTraffic:
+        """Return the traffic of the rank that sends most."""
+        cp = states.cp
+        looked_at: Sequence[int] = range(cp) if cp <= MANY_RANKS else (0, cp // 2, cp - 1)
+        return max((self.traffic(states, rank=rank) for rank in looked_at), key=lambda sent: sent.total)
+
+    def _states(self, shape: LinearShape, layout: Layout, rank: int) -> int:
         links = chain(layout, self.total)
-        if layout.cp == 1 or len(links) == 1:
+        if len(links) == 1:
             return 0
         wide = accumulator_dtype(self.dtype).itemsize
         sizes = {"transition_bytes": shape.transition_size * wide, "state_bytes": shape.state_size * wide}
+        return sum(self.passing.sent(way, rank, **sizes).bytes for way in (links, links.reversed()))
 
-        def sent(rank: int) -> int:
-            passes = (self.passing.sent(way, rank, **sizes) for way in (links, links.reversed()))
-            return sum(each.bytes for each in passes)
-
-        return _most(sent, layout.cp)
-
-    def _halo(self, shape: LinearShape, layout: Layout) -> int:
-        if not shape.taps or layout.cp == 1:
+    def _halo(self, shape: LinearShape, layout: Layout, rank: int) -> int:
+        if not shape.taps:
             return 0
-        row = shape.channels * self.dtype.itemsize
-
-        def sent(rank: int) -> int:
-            reach = shape.taps - 1
-            passes = halo_sent(layout, rank=rank, total=self.total, reach=reach, row_bytes=row)
-            return sum(each.bytes for each in passes)
-
-        return _most(sent, layout.cp)
+        row, reach = shape.channels * self.dtype.itemsize, shape.taps - 1
+        return sum(sent.bytes for sent in halo_sent(layout, rank=rank, total=self.total, reach=reach, row_bytes=row))
 
 
 def choose_state_layout(shape: StackShape, name: str | None) -> Layout:
@@ -137,9 +132,4 @@ def choose_state_layout(shape: StackShape, name: str | None) -> Layout:
         return own
     if own.width < LEAST_STRIPE or not shape.layers.softmax:
         return contiguous
-    return min(own, contiguous, key=lambda layout: shape.traffic(layout).total)
-
-
-def _most(count: Callable[[int], int], ranks: int) -> int:
-    looked_at: Sequence[int] = range(ranks) if ranks <= MANY_RANKS else (0, ranks // 2, ranks - 1)
-    return max(map(count, looked_at))
+    return min(own, contiguous, key=lambda layout: shape.most(layout).total)

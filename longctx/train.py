@@ -230,6 +230,12 @@ def announce(run: Run, *, peak: Peak, kernels: dict[str, str], step: int) -> Non
         run.say(line)
     for kind in stack.layers.linear_kinds:
         run.say(f"kernel of {kind}: {kernels[kind]}")
+    if not stack.layers.softmax:
+        model = config.model
+        unused = {"attention.schedule": config.attention.schedule, "model.num_kv_heads": model.num_kv_heads}
+        unused |= {f"model.{key}": getattr(model, key) for key in ("qk_norm", "softcap", "sink_logits")}
+        told = ", ".join(f"{key}={value}" for key, value in unused.items() if value not in ("none", None, False))
+        run.say(f"note: no layer is softmax attention, so {told} have no effect")
     if kernels.get("softmax") == "reference" and config.attention.kernel == "auto":
         run.say("note: no fast kernel serves this device, dtype and head size: the reference kernel is slow")
     if run.held_out is None:

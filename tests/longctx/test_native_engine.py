@@ -20,10 +20,11 @@ from longctx.stack import build_stack
 MODEL = ModelConfig(vocab_size=19, dim=16, num_layers=1, num_heads=2, num_kv_heads=1, hidden_dim=24)
 
 
-def build(group, world_size: int, dtype: str):
+def build(group, world_size: int, dtype: str, layers: str | None = None):
+    config = AttentionConfig(layers=layers)
     stack = build_stack(
-        AttentionConfig(),
-        layers=Layers(kinds=("full",)),
+        config,
+        layers=Layers(kinds=config.kinds(1)),
         model=MODEL,
         total=12,
         dtype=torch.float32,
@@ -96,3 +97,30 @@ def poison(rank: int, world_size: int, group):
 
 def test_a_gradient_that_is_not_finite_stops_every_rank(gloo_pool):
     assert gloo_pool.run(poison, 2) == ["the gradient norm is nan; the last checkpoint is untouched"] * 2
+
+
+def observe_gates(rank: int, world_size: int, group, kind: str, dtype: str):
+    """Return the dtypes of what comes into a gate, its own weights, and what goes out of it, while it is computed."""
+    engine, batch = build(group, world_size, dtype, layers=kind)
+    seen = {}
+
+    def gate(module, args, out):
+        seen["x"], seen["g"] = args[0].dtype, out.g.dtype
+        seen["weights"] = {parameter.dtype for parameter in module.parameters()}
+
+    block = engine.model.blocks[0]
+    block.attention.transition.register_forward_hook(gate)
+    block.attention.register_forward_hook(lambda module, args, out: seen.update(q_proj=module.q_proj.weight.dtype))
+    losses = [engine.train_step([batch], lr=1e-2).loss for _ in range(3)]
+    return seen, losses
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("kind", ["gdn", "gla"])
+def test_gates_are_never_16_bit(gloo_pool, kind, dtype):
+    arithmetic = getattr(torch, dtype)
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    for seen, losses in gloo_pool.run(observe_gates, 2, kind, dtype):
+        assert seen["x"] == seen["q_proj"] == arithmetic
+        assert seen["g"] == wide and seen["weights"] == {wide}
+        assert losses[2] < losses[0]
