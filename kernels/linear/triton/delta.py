@@ -202,20 +202,20 @@ class _Summary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtransition: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        of_transition = _segment_backward(ctx.problem, *ctx.saved_tensors, dtransition, values=False)
-        of_state = _segment_backward(ctx.problem, *ctx.saved_tensors, dstate, values=True)
+        ks, w, u, decays = ctx.saved_tensors
+        of_transition = _segment_backward(ctx.problem, ks, w, None, decays, dtransition)
+        of_state = _segment_backward(ctx.problem, ks, w, u, decays, dstate)
         dks, dw, ddecays = (x + y for x, y in zip(of_transition[:3], of_state[:3], strict=True))
         return None, dks, dw, of_state[3], ddecays
 
 
 def _segment_backward(
-    problem: Problem, ks: Tensor, w: Tensor, u: Tensor, decays: Tensor, dfinal: Tensor, *, values: bool
+    problem: Problem, ks: Tensor, w: Tensor, u: Tensor | None, decays: Tensor, dfinal: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients, all float32, of K, W, D and U of what a scan from nothing (without values: the identity)
-    gives."""
+    """Return the gradients of K, W, D and U, all float32, of what a scan from nothing gives; u None: as `_scan`."""
     states = decays.new_empty(*decays.shape, dfinal.shape[-1])
     x = decays.new_empty(*w.shape[:3], dfinal.shape[-1])
-    _scan(problem, None, ks, w, u if values else None, decays, keep=(states, x), wide=True)
+    _scan(problem, None, ks, w, u, decays, keep=(states, x), wide=True)
     none = dict.fromkeys(("qs", "a", "dout", "dinitial"))
     dstates, dx = _scan_backward(problem, ks, w, decays, dfinal, none, wide=True)
     none = dict.fromkeys(("dout", "dqs", "da"))

@@ -54,13 +54,13 @@ def scan_kernel(
         if states is not None:
             store_state(states + state_at(b, chunk, chunks, h, H, K * V), keys, values, s, K, V)
         ww = load_rows(w + base * K, rows, keys, there, H * K, K).to(operand)
-        kk = load_rows(ks + base * K, rows, keys, there, H * K, K).to(operand)
-        decay = tl.load(decays + state_at(b, chunk, chunks, h, H, K) + keys, mask=keys < K, other=0.0)
         x = -tl.dot(ww, s.to(operand), input_precision=PRECISION)
         if u is not None:
             x += load_rows(u + base * V, rows, values, there, H * V, V)
         if x_out is not None:
             store_rows(x_out + base * V, rows, values, there, H * V, x, V)
+        kk = load_rows(ks + base * K, rows, keys, there, H * K, K).to(operand)
+        decay = tl.load(decays + state_at(b, chunk, chunks, h, H, K) + keys, mask=keys < K, other=0.0)
         s = decay[:, None] * s + tl.dot(tl.trans(kk), x.to(operand), input_precision=PRECISION)
     store_state(final + state_at(b, p, segments, h, H, K * V), keys, values, s, K, V)
 

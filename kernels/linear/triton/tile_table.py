@@ -57,15 +57,19 @@ _ENTRIES = {
     ("plain", 32, 128): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN}),
     ("plain", 32, 256): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN}),
     # `bf16x3` is for what stays float32 with 16-bit inputs: inverses in chunks, and maps of segments.
-    **{("delta", 16, size): Entry(32 if size == 256 else 64, "bf16x3", _delta16(size)) for size in (64, 128, 256)},
+    **{("delta", 16, size): Entry(32, "bf16x3", _delta16(size)) for size in (64, 128, 256)},
     **{("delta", 32, size): Entry(32, "ieee", _delta32(size)) for size in (64, 128, 256)},
 }
 
 # Triton's interpreter does not know `bf16x3`.
 _ANYWHERE = {("delta", 16, size): Entry(32, "tf32x3", _delta16(size)) for size in (64, 128, 256)}
-# Where chunks of 64 with a decay per key dim do not spill.
+# Where chunks of 64 with a decay per key dim, or of the delta rule, do not spill.
 _SM_90 = {
-    ("diagonal", 16, size): Entry(64, "ieee", {**_same(_PLAIN, Tile(32, 64, 8, 1)), **_SCAN}) for size in (64, 128, 256)
+    **{
+        ("diagonal", 16, size): Entry(64, "ieee", {**_same(_PLAIN, Tile(32, 64, 8, 1)), **_SCAN})
+        for size in (64, 128, 256)
+    },
+    **{("delta", 16, size): Entry(64, "bf16x3", _delta16(size)) for size in (64, 128)},
 }
 TABLES = {"sm_80": TileTable("sm_80", _ENTRIES), "sm_90": TileTable("sm_90", {**_ENTRIES, **_SM_90})}
 TABLES[FALLBACK] = TileTable(FALLBACK, {**_ENTRIES, **_ANYWHERE})
