@@ -36,9 +36,9 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()  # the worker takes it as the end
-            self.process.wait(timeout=10)
+        if self.process is not None:
+            self.process.kill()  # it has nothing to put in order
+            self.process.wait()
         self.process = None
 
     def run(self, function: Callable[..., Any], *args: object) -> Any:

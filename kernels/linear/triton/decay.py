@@ -8,7 +8,7 @@ sums is then as exact as the sum of the gates between them, however strong those
 Per key dim (`diagonal`) e_ij does not factor into one term of i and one of j that stay within range. It does for all
 pairs that lie in different halves of an aligned block of 2 s tokens, s = 1, 2, 4 ... C / 2: from j to the middle of the
 block and from there to i. Every pair i > j belongs to exactly one s, so log2(C) products of matrices, each masked to
-its pairs, make up the sum (a secondary level of chunks, arXiv 2312.06635 section 4.3, carried to the end). No sum is the
+its pairs, make up the sum (secondary chunks, arXiv 2312.06635 section 4.3, carried to the end). No sum is the
 difference of two others: they are added up from the gates block by block.
 """
 
