@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longctx.kernels.linear.factors import Factors
 from longctx.kernels.linear.products import DiagonalProducts, ScalarProducts
 
 
@@ -42,12 +43,12 @@ def fixed(g: Tensor, k: Tensor, rows: tuple[Tensor, ...], *, tokens: Tensor | No
     place = torch.arange(size, device=g.device)
     count = (place[-1:] + 1 if tokens is None else tokens)[:, None, None]  # [N, 1, 1]
     g = g[:, None]  # [H, 1]
-    within = torch.exp(g[..., None] * (place[:, None] - place).clamp(min=0)).tril()
+    within = Factors.apply(g[..., None] * (place[:, None] - place).clamp(min=0)).tril()
     return Decayed(
         [row @ k.mT * within for row in rows],
-        entering=torch.exp(g * (place + 1))[None, None, ..., None],
-        leaving=torch.exp(g * (count - 1 - place).clamp(min=0))[None, ..., None],
-        across=torch.exp(g * count)[None, ..., None],
+        entering=Factors.apply(g * (place + 1))[None, None, ..., None],
+        leaving=Factors.apply(g * (count - 1 - place).clamp(min=0))[None, ..., None],
+        across=Factors.apply(g * count)[None, ..., None],
     )
 
 
@@ -56,4 +57,4 @@ def per_token(g: Tensor, k: Tensor, rows: tuple[Tensor, ...]) -> Decayed:
     scalar = g.dim() < k.dim()
     function = ScalarProducts if scalar else DiagonalProducts
     prefix, suffix, *products = function.apply(g[..., None] if scalar else g, k, *rows)
-    return Decayed(products, torch.exp(prefix), torch.exp(suffix), torch.exp(prefix[..., -1:, :]).mT)
+    return Decayed(products, Factors.apply(prefix), Factors.apply(suffix), Factors.apply(prefix[..., -1:, :]).mT)

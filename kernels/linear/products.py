@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longctx.kernels.linear.factors import factors
 from longctx.kernels.linear.spans import Spans, corners, early, halves, late, spans_gradient
 
 
@@ -28,7 +29,7 @@ class ScalarProducts(torch.autograd.Function):
         spans = Spans(g)
         for half, upto, since in spans:
             torch.add(since, upto.mT, out=corners(sums, half))
-        within = sums.exp_()
+        within = factors(sums)
         products = [(row @ k.mT).mul_(within) for row in rows]
         ctx.save_for_backward(within, k, *rows, *products)
         return spans.prefix, spans.suffix, *products
@@ -63,7 +64,7 @@ class DiagonalProducts(torch.autograd.Function):
         products = [torch.diag_embed((row * k).sum(-1)) for row in rows]
         spans = Spans(g)
         for half, upto, since in spans:
-            keys, decay = early(k, half) * upto.exp(), since.exp()
+            keys, decay = early(k, half) * factors(upto), factors(since)
             for row, product in zip(rows, products, strict=True):
                 corners(product, half).copy_((late(row, half) * decay) @ keys.mT)
         ctx.save_for_backward(g, k, *rows)
@@ -81,7 +82,7 @@ class DiagonalProducts(torch.autograd.Function):
             dk.addcmul_(diagonal, row)
         steps = []
         for half, upto, since in Spans(g):
-            upto, decay = upto.exp(), since.exp()
+            upto, decay = factors(upto), factors(since)
             keys = early(k, half) * upto
             dkeys, dsince = torch.zeros_like(keys), torch.zeros_like(keys)
             for row, drow, grad in zip(rows, drows, grads, strict=True):
