@@ -34,7 +34,13 @@ MIXERS = {
 }
 TAPS = 3
 STD = 0.05  # of the first weights
-DECAY = 0.01  # of gated DeltaNet per token at first: -g = exp(A_log) softplus(dt_bias)
+# Decays that are learned begin at this much per token: of many heads' random ones some would remember, one head must.
+DECAY = 0.01
+DECAY_WEIGHTS = {
+    "A_log": 0.0,
+    "dt_bias": math.log(math.expm1(DECAY)),  # -g = exp(A_log) softplus(dt_bias)
+    "up.bias": -math.log(math.expm1(16 * DECAY)),  # -g = softplus(-bias) / 16
+}
 NOPE = MixersConfig(full=SoftmaxMixerConfig(rope=False), window=SoftmaxMixerConfig(rope=False))
 
 
@@ -65,8 +71,9 @@ class Model(nn.Module):
         self.output = nn.Linear(width, vocabulary, bias=False)
         for name, weight in self.named_parameters():
             weight.data = initial_weight(name, weight.shape, config=config, seed=seed)
-            if name.endswith(("A_log", "dt_bias")):  # among many heads some remember; one must
-                weight.data.fill_(0.0 if name.endswith("A_log") else math.log(math.expm1(DECAY)))
+            for ending, value in DECAY_WEIGHTS.items():
+                if name.endswith(ending):
+                    weight.data.fill_(value)
 
     def forward(self, sequences: Tensor, *, asked: Tensor, place: Place) -> Tensor:
         """Return logits `[N, V]` of those of this rank's tokens `[B, T]` that are `asked` for, bool `[B, T]`."""

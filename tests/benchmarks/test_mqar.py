@@ -116,3 +116,17 @@ def test_misses_and_leaks_are_told() -> None:
     other = {**row, "cp": 2, "curve": [[2, 1.500001, 0.4]]}
     assert digits(row) != digits(other)
     assert differences([row, other]) and not differences([row, {**row, "cp": 2}])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_mixers_recall_in_the_order_of_what_they_can_store() -> None:
+    """A small size and few steps: the window stays at its reach, elu+1 gets further, the others know it all."""
+    task, recipe = Task(48, 6, 64), Recipe(steps=400)
+    mixers = ("softmax", "window", "linear", "lightning", "deltanet", "gdn")
+    found = {mixer: train(mixer, task, recipe, seed=0, transport=Alone())[-1]["accuracy"] for mixer in mixers}
+    reach = reach_bound(*task.draw(recipe.test, seed=1), pairs=task.pairs, window=window(task.tokens), taps=TAPS)
+    assert reach - 0.05 < found["window"] < reach + 0.05, (reach, found)
+    assert found["window"] + 0.2 < found["linear"], found
+    assert all(found[mixer] > found["linear"] + 0.03 for mixer in ("softmax", "lightning", "deltanet", "gdn")), found
+    assert all(found[mixer] > 0.98 for mixer in ("softmax", "deltanet", "gdn")), found
