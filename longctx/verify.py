@@ -6,6 +6,7 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TextIO
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from longctx.cli import VERIFY_HELP, take_number
 from longctx.config import Config, load_config
+from longctx.mixers.pattern import describe_layers
 from longctx.parallel.mesh import (
     Degrees,
     Launch,
@@ -26,14 +28,19 @@ from longctx.parallel.transport import ProcessGroupTransport
 from longctx.planner import choose, label
 from longctx.setup import check_kernel, check_world, layer_shape, speeds
 from longctx.simulated import simulated_degrees
+from longctx.verification.attend import kernel_name
 from longctx.verification.bench import Bench, RealRanks, SimulatedRanks
 from longctx.verification.check_attention import check_dtype, check_exact
 from longctx.verification.check_data import check_data
 from longctx.verification.check_engine import check_engine
 from longctx.verification.check_leaks import check_leaks
+from longctx.verification.check_linear import check_linear, check_linear_dtype
+from longctx.verification.check_linear_leaks import check_linear_leaks
 from longctx.verification.check_model import check_model, check_model_leaks
+from longctx.verification.check_moves import check_convolution, check_relayouts
 from longctx.verification.check_plan import check_plan
 from longctx.verification.check_traffic import check_traffic
+from longctx.verification.recur import kernel_of, shape_of
 from longctx.verification.report import WIDTH, Finding, Table, everywhere, raised
 from longctx.verification.small import Small, shrink, typical_documents
 
@@ -52,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         overrides, tokens = take_number(arguments, "--tokens", what="tokens per rank")
         config = load_config(overrides)
-        _refuse_layers(config)
         if launch.launched:
             return _on_real_ranks(config, launch, tokens)
         return _on_simulated_ranks(config, tokens)
@@ -69,6 +75,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_groups(small: Small, bench: Bench) -> list[Group]:
     """Return all checks of a bench, in the order of the table, with what to call each where it cannot be made."""
 
+    groups: list[Group] = [("layout, labels, mask", lambda: check_data(small, bench))]
+    for kind in small.layers.used:
+        told = (
+            [] if small.attention.layers is None else [(f"layers of kind {kind}", partial(_told, small, bench, kind))]
+        )
+        linear = kind in small.layers.linear_kinds
+        groups += [
+            *told,
+            *(_linear_groups(small, bench, kind) if linear else _softmax_groups(small.of_kind(kind), bench)),
+        ]
+    if len(set(small.layouts)) > 1:
+        groups.append(("relayout", lambda: check_relayouts(small, bench)))
+    groups.append(("decoder", lambda: check_model(small, bench)))
+    groups.append(("decoder: leak probes", lambda: [check_model_leaks(small, bench)]))
+    return groups
+
+
+def _softmax_groups(small: Small, bench: Bench) -> list[Group]:
+    """Return the checks of softmax attention under the mask of `small`."""
+
     def in_dtype() -> list[Finding]:
         findings, outcome = check_dtype(small, bench)
         return findings + check_traffic(small, bench, outcome)
@@ -77,7 +103,6 @@ def check_groups(small: Small, bench: Bench) -> list[Group]:
         return lambda: check_leaks(small, bench, dtype=dtype, head_dim=head_dim)
 
     groups: list[Group] = [
-        ("layout, labels, mask", lambda: check_data(small, bench)),
         ("plan", lambda: check_plan(small)),
         ("attention in float64", lambda: check_exact(small, bench)),
         ("leak probes in float64", leaks(torch.float64, small.model.head_size)),
@@ -85,9 +110,31 @@ def check_groups(small: Small, bench: Bench) -> list[Group]:
     ]
     if small.dtype != torch.float64:
         groups.append(("leak probes as configured", leaks(small.dtype, small.source.model.head_size)))
-    groups.append(("decoder", lambda: check_model(small, bench)))
-    groups.append(("decoder: leak probes", lambda: [check_model_leaks(small, bench)]))
     return groups
+
+
+def _linear_groups(small: Small, bench: Bench, kind: str) -> list[Group]:
+    """Return the checks of layers of a linear kind."""
+    groups: list[Group] = [
+        (f"{kind}: in float64", lambda: check_linear(small, bench, kind)),
+        (f"{kind}: leak probes", lambda: check_linear_leaks(small, bench, kind)),
+        (f"{kind}: as configured", lambda: check_linear_dtype(small, bench, kind)),
+    ]
+    if shape_of(small, kind, configured=False).taps:
+        groups.append((f"{kind}: convolution", lambda: check_convolution(small, bench, kind)))
+    return groups
+
+
+def _told(small: Small, bench: Bench, kind: str) -> list[Finding]:
+    """Say which kernel computes a kind as it is configured."""
+    if kind in small.layers.linear_kinds:
+        kernel = kernel_of(shape_of(small, kind, configured=True), device=bench.device, dtype=small.dtype)
+    else:
+        head_dim = small.source.model.head_size
+        kernel = kernel_name(small.of_kind(kind), device=bench.device, dtype=small.dtype, head_dim=head_dim)
+    kinds = small.source.layers.kinds
+    measured = f"{kinds.count(kind)} of {len(kinds)} layers"
+    return [Finding(name=f"layers of kind {kind}", measured=measured, passed=None, kernel=kernel)]
 
 
 def _on_simulated_ranks(config: Config, tokens: int | None) -> int:
@@ -151,14 +198,6 @@ def verify_ranks(
         return _conclude(table, begin)
 
 
-def _refuse_layers(config: Config) -> None:
-    if config.attention.layers is not None:
-        raise ValueError(
-            f"longctx verify does not check attention.layers={config.attention.layers} yet; it checks softmax attention "
-            "under the same mask with attention.layers=null"
-        )
-
-
 def _attempt(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     """Return the findings of some checks; a check that raises has failed, whatever it raised."""
     try:
@@ -173,9 +212,10 @@ def _without_auto(
     """Name what `auto` leaves open, by prediction for documents like those of the small corpus."""
     if "auto" not in (config.attention.layout, config.attention.schedule):
         return config
+    kind = "full" if "full" in config.layers.used else "window"
     choice = choose(
         config.attention,
-        [config.attention.mask(typical_documents(config.data.seq_len))],
+        [config.attention.mask(typical_documents(config.data.seq_len), kind=kind)],
         total=config.data.seq_len,
         cp=degrees.cp,
         shape=layer_shape(config),
@@ -198,7 +238,12 @@ def _announce(table: Table, small: Small, ranks: str) -> None:
     words += ["documents"] if attention.documents else []
     for key in ("window", "head_windows", "sinks", "chunk"):
         words += [f"{key} {getattr(attention, key)}"] if getattr(attention, key) else []
-    title = f"longctx verify: {small.layout.describe()} x {small.schedule.name} x ({', '.join(words)})"
+    factors = (
+        [f"{small.layout.describe()} x {small.schedule.name} x ({', '.join(words)})"] if small.layers.softmax else []
+    )
+    if small.layers.linear:
+        factors.append(f"linear layers: {small.states.describe()} x {small.passing.name}")
+    title = f"longctx verify: {'; '.join(factors)}"
     table.say(textwrap.fill(title, WIDTH, subsequent_indent=" " * 16))
     table.note("ranks", ranks)
     held = f"{small.total // small.cp} per rank, {small.total} in all"
@@ -208,6 +253,9 @@ def _announce(table: Table, small: Small, ranks: str) -> None:
         f"{model.num_layers} layer(s), dim {model.dim}, {model.num_heads} heads of {model.head_size}, "
         f"{model.num_kv_heads} KV heads (configured: {source.num_layers}, {source.dim}, heads of {source.head_size})",
     )
+    if attention.layers is not None:
+        configured = describe_layers(small.source.layers.kinds)
+        table.note("layers", f"{describe_layers(small.layers.kinds)} (configured: {configured})")
     for text in small.scaled:
         table.note("scaled", text)
     table.header()

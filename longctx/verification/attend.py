@@ -12,6 +12,7 @@ from longctx.kernels.softmax.op import choose_primitive, resolve_kernel
 from longctx.kernels.softmax.reference import dense_attention
 from longctx.parallel.cost import traffic
 from longctx.parallel.heads import HeadSplit
+from longctx.parallel.schedule import Sent
 from longctx.parallel.transport import Traffic, Transport
 from longctx.verification.bench import Bench
 from longctx.verification.check_data import attention_of
@@ -100,21 +101,15 @@ def attend(
             sink = problem.sink.to(bench.device, dtype, copy=True).requires_grad_(backward)
             leaves.append(sink)
         planned = [] if wants_lse else traffic(plan, small.shape(q.dtype, q.shape[-1]), batch=q.shape[0])
-        marks = [_copy(transport.traffic)]
+        marks = [mark(transport)]
         if wants_lse:
             forward = list(attention.with_lse(q, k, v, plan=plan, softcap=model.softcap, sink_logits=sink))
         else:
             forward = [attention(q, k, v, plan=plan, softcap=model.softcap, sink_logits=sink)]
-        marks.append(_copy(transport.traffic))
+        marks.append(mark(transport))
         grads: Sequence[Tensor] = torch.autograd.grad(forward[0], leaves, dout) if backward else ()
-        marks.append(_copy(transport.traffic))
-        sent = []
-        for before, after, want in zip(marks, marks[1:], planned, strict=False):
-            bytes_to = {p: c - before.bytes_to.get(p, 0) for p, c in after.bytes_to.items()}
-            bytes_to = {peer: count for peer, count in bytes_to.items() if count}
-            due = {peer: count for peer, count in want.bytes_to.items() if count}
-            sent.append(Counted(after.hops - before.hops, bytes_to, want.hops, due))
-        return [*forward, *grads], sent
+        marks.append(mark(transport))
+        return [*forward, *grads], counted(marks, planned)
 
     ranks = bench.run(work)
     tensors: dict[str, Tensor] = {}
@@ -163,5 +158,18 @@ def kernel_name(small: Small, *, device: torch.device, dtype: torch.dtype, head_
     return f"torch:{type(choose_primitive(request)).__name__}" if kernel.name == "torch" else kernel.name
 
 
-def _copy(traffic: Traffic) -> Traffic:
-    return Traffic(traffic.hops, traffic.bytes, dict(traffic.bytes_to))
+def mark(transport: Transport) -> Traffic:
+    """Return what a rank has sent so far."""
+    sent = transport.traffic
+    return Traffic(sent.hops, sent.bytes, dict(sent.bytes_to))
+
+
+def counted(marks: Sequence[Traffic], planned: Sequence[Sent]) -> list[Counted]:
+    """Return what was sent between neighbouring marks, each beside what was planned."""
+    sent = []
+    for before, after, want in zip(marks, marks[1:], planned, strict=False):
+        bytes_to = {p: c - before.bytes_to.get(p, 0) for p, c in after.bytes_to.items()}
+        bytes_to = {peer: count for peer, count in bytes_to.items() if count}
+        due = {peer: count for peer, count in want.bytes_to.items() if count}
+        sent.append(Counted(after.hops - before.hops, bytes_to, want.hops, due))
+    return sent

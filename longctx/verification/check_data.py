@@ -8,7 +8,7 @@ from torch import Tensor
 from longctx.attention import ContextParallelAttention
 from longctx.batch import shard_samples
 from longctx.kernels.mask import plain_masks
-from longctx.mixers.layers import Layers
+from longctx.parallel.layout import Layout
 from longctx.parallel.transport import Transport
 from longctx.rope import rope_table
 from longctx.stack import Stack, build_stack
@@ -23,17 +23,23 @@ def check_data(small: Small, bench: Bench) -> list[Finding]:
     def shards(transport: Transport) -> dict[str, Tensor]:
         stack = stack_of(small, transport)
         batch = shard_samples(small.samples, stack=stack, device=bench.device)
-        count, positions = torch.tensor(batch.num_labels), batch.plan.positions[stack.first]
-        return {"tokens": batch.tokens, "labels": batch.labels, "positions": positions, "count": count}
+        positions = [batch.plan.positions[layout] for layout in (stack.first, stack.last)]
+        return {
+            "tokens": batch.tokens,
+            "labels": batch.labels,
+            "first": positions[0],
+            "last": positions[1],
+            "count": torch.tensor(batch.num_labels),
+        }
 
     ranks = bench.run(shards)
-    positions = torch.cat([rank["positions"] for rank in ranks])
+    first, last = (torch.cat([rank[name] for rank in ranks]) for name in ("first", "last"))
     return [
-        _round_trip(small),
-        _positions(small, positions),
-        _in_place(small, "tokens", [rank["tokens"] for rank in ranks], positions, torch.stack(small.tokens)),
-        *_labels(small, ranks, positions),
-        _masks(small),
+        *(_round_trip(small, layout) for layout in dict.fromkeys(small.layouts)),
+        _positions(small, first, last),
+        _in_place(small, "tokens", [rank["tokens"] for rank in ranks], first, torch.stack(small.tokens)),
+        *_labels(small, ranks, last),
+        *(_masks(small, kind) for kind in small.layers.softmax_kinds),
         _rope(small),
     ]
 
@@ -49,7 +55,7 @@ def stack_of(small: Small, transport: Transport) -> Stack:
     """Return the layers that training would use, of one rank."""
     return build_stack(
         small.attention,
-        layers=Layers(kinds=small.attention.kinds(small.model.num_layers)),
+        layers=small.layers,
         model=small.model,
         total=small.total,
         dtype=torch.float64,
@@ -58,16 +64,16 @@ def stack_of(small: Small, transport: Transport) -> Stack:
     )
 
 
-def where(small: Small, position: int) -> str:
-    """Return a position in words."""
-    document = int(small.documents[0][position])
-    rank = next(r for r in range(small.cp) if position in small.layout.positions(r, small.total).tolist())
+def where(small: Small, position: int, layout: Layout | None = None) -> str:
+    """Return a position in words; `layout` is that of softmax layers unless another is given."""
+    document, layout = int(small.documents[0][position]), layout or small.layout
+    rank = next(r for r in range(small.cp) if position in layout.positions(r, small.total).tolist())
     return f"position {position} (document {document}, cp rank {rank})"
 
 
-def _round_trip(small: Small) -> Finding:
+def _round_trip(small: Small, layout: Layout) -> Finding:
     """Shard numbers that are their own positions; the integers of `segments` and the tensors must tell the same."""
-    layout, whole = small.layout, torch.arange(small.total)
+    whole = torch.arange(small.total)
     shards = [layout.shard(whole, rank=rank, dim=0) for rank in range(small.cp)]
     segments = [
         torch.cat([s.start + s.stride * torch.arange(s.count) for s in layout.segments(rank, small.total)])
@@ -80,12 +86,16 @@ def _round_trip(small: Small) -> Finding:
         "tokens that are cut by the layout and put back do not come back in place, are owned twice or by no rank, or "
         "Layout.positions (which cuts tensors) and Layout.segments (which plans) tell different positions"
     )
-    return none_wrong("layout: round trip", wrong, small.total, why=why)
+    name = "layout" if len(set(small.layouts)) == 1 else f"layout {layout.name}"
+    return none_wrong(f"{name}: round trip", wrong, small.total, why=why)
 
 
-def _positions(small: Small, positions: Tensor) -> Finding:
-    expected = torch.cat([small.layout.positions(rank, small.total) for rank in range(small.cp)])
-    wrong = max(_different(positions, expected), _different(positions.sort().values, torch.arange(small.total)))
+def _positions(small: Small, first: Tensor, last: Tensor) -> Finding:
+    wrong = 0
+    for positions, layout in ((first, small.layouts[0]), (last, small.layouts[-1])):
+        expected = torch.cat([layout.positions(rank, small.total) for rank in range(small.cp)])
+        wrong = max(wrong, _different(positions, expected))
+        wrong = max(wrong, _different(positions.sort().values, torch.arange(small.total)))
     why = (
         "the positions that RoPE gets on the ranks are not those of the tokens: every shard must have GLOBAL positions"
     )
@@ -125,8 +135,10 @@ def _labels(small: Small, ranks: list[dict[str, Tensor]], positions: Tensor) -> 
     ]
 
 
-def _masks(small: Small) -> Finding:
+def _masks(small: Small, kind: str) -> Finding:
     """Compare the mask algebra's own definition with the config's words; HeadMasks head by head."""
+    name = "mask: pairs as configured" if len(small.layers.softmax_kinds) == 1 else f"mask of {kind}: pairs"
+    small = small.of_kind(kind)
     place = torch.arange(small.total)
     wrong = of = 0
     why = ""
@@ -140,7 +152,7 @@ def _masks(small: Small) -> Finding:
             why = (
                 f"first in sequence {row}, mask {head}: query {q} {sees} key {k} (documents, windows, chunks, prefix?)"
             )
-    return none_wrong("mask: pairs as configured", wrong, of, why=why)
+    return none_wrong(name, wrong, of, why=why)
 
 
 def _rope(small: Small) -> Finding:

@@ -32,7 +32,7 @@ def check_engine(small: Small, transport: Transport, *, degrees: Degrees, device
     # A micro-batch for each sample: gradients are accumulated, as in training.
     batches = [shard_samples([sample], stack=stack, device=device) for sample in small.samples]
     step = engine.train_step(batches, lr=config.optim.lr)
-    model = Decoder(small.model).double()
+    model = Decoder(small.model, small.layers).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             weight = initial_weight(name, parameter.shape, config=small.model, seed=config.train.seed)

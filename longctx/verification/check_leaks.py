@@ -44,11 +44,11 @@ def check_leaks(small: Small, bench: Bench, *, dtype: torch.dtype, head_dim: int
     short = str(dtype).removeprefix("torch.")
     moved = (before["out"] != after["out"]).any(dim=-1)  # [row, position, head]
     seen_by = allowed[:, :, tokens].permute(2, 1, 0)
-    forward = _finding(small, f"leak probes, {short}: forward", moved, seen_by, tokens, kernel, _FORWARD)
+    forward = leak_finding(small, f"leak probes, {short}: forward", moved, seen_by, tokens, kernel, FORWARD)
     # The gradients of KV heads, each read by a group of query heads.
     sees = allowed[:, tokens].unflatten(0, (small.model.num_kv_heads, -1)).any(dim=1).permute(1, 2, 0)
     touched = (before["dv"] != 0).any(dim=-1)
-    backward = _finding(small, f"leak probes, {short}: backward", touched, sees, tokens, kernel, _BACKWARD)
+    backward = leak_finding(small, f"leak probes, {short}: backward", touched, sees, tokens, kernel, BACKWARD)
     own = torch.zeros(len(tokens), small.total, dtype=torch.bool)
     own[rows, tokens] = True
     stray = (before["dk"] != 0).any(dim=-1) & ~sees
@@ -64,8 +64,8 @@ def check_leaks(small: Small, bench: Bench, *, dtype: torch.dtype, head_dim: int
     return [forward, backward]
 
 
-_FORWARD = ("changing the token at {token} moved the output at {place}", "did not move")
-_BACKWARD = ("the gradient of the output at {token} reached the value at {place}", "did not reach")
+FORWARD = ("changing the token at {token} moved the output at {place}", "did not move")
+BACKWARD = ("the gradient of the output at {token} reached the value at {place}", "did not reach")
 
 
 def tiles_of_all_ranks(small: Small) -> int:
@@ -86,7 +86,7 @@ def probed(small: Small, count: int) -> Tensor:
     return torch.tensor(sorted({*edges, *spread}))
 
 
-def _finding(
+def leak_finding(
     small: Small, name: str, got: Tensor, expected: Tensor, tokens: Tensor, kernel: str, words: tuple[str, str]
 ) -> Finding:
     """Compare what moved with what may: bool `[row, position, head]`, a probed token to each row."""
@@ -97,7 +97,7 @@ def _finding(
         row, place, _ = bad.nonzero()[0].tolist()
         told = words[0].format(token=where(small, int(tokens[row])), place=where(small, place))
         if leaks.any():
-            why = f"{told}, which must not see it" if words is _FORWARD else f"{told}, which it must not see"
+            why = f"{told}, which must not see it" if words is FORWARD else f"{told}, which it must not see"
         else:
             why = told.replace("moved", words[1], 1).replace("reached", words[1], 1) + ", though the mask lets it"
     return Finding(

@@ -10,12 +10,16 @@ from torch import Tensor
 from longctx.batch import shard_samples
 from longctx.kernels.softmax.reference import dense_attention
 from longctx.loss import token_loss_sum
-from longctx.model import Decoder, everywhere, initial_weight
+from longctx.mixers.pattern import LINEAR_KINDS
+from longctx.mixers.place import Place
+from longctx.model import Decoder, initial_weight
 from longctx.parallel.transport import Transport
+from longctx.verification import truth
 from longctx.verification.attend import kernel_name
 from longctx.verification.bench import Bench
 from longctx.verification.check_attention import EXACT
 from longctx.verification.check_data import stack_of, where
+from longctx.verification.recur import kernel_of, shape_of
 from longctx.verification.report import Finding, at_most
 from longctx.verification.small import Small
 
@@ -37,7 +41,7 @@ def check_model(small: Small, bench: Bench) -> list[Finding]:
     ranks = bench.run(work)
     loss, grads = dense_loss_and_grads(small, model)
     got = sum(float(rank[0]) for rank in ranks)
-    kernel = kernel_name(small, device=bench.device, dtype=torch.float64, head_dim=small.model.head_size)
+    kernel = _kernels(small, bench.device)
     worst, worst_name = 0.0, "no parameter"
     for index, (name, parameter) in enumerate(model.named_parameters()):
         ours = torch.stack([rank[1][index] for rank in ranks]).sum(0)
@@ -92,10 +96,10 @@ def check_model_leaks(small: Small, bench: Bench) -> Finding:
     moved = torch.zeros(count, small.total, dtype=torch.bool)
     for shard, positions in ranks:
         moved[:, positions] = shard
-    sees = small.allowed[0].any(dim=0) | torch.eye(small.total, dtype=torch.bool)
+    sees = {kind: _seen(small, kind)[0].any(dim=0) for kind in small.layers.used}
     reach = torch.eye(small.total, dtype=torch.bool)
-    for _ in range(small.model.num_layers):
-        reach = (sees.float() @ reach.float()) > 0
+    for kind in small.layers.kinds:
+        reach |= (sees[kind].float() @ reach.float()) > 0
     expected = reach[:, probed].T
     leaks, blind = moved & ~expected, expected & ~moved
     why = ""
@@ -103,7 +107,7 @@ def check_model_leaks(small: Small, bench: Bench) -> Finding:
         row, place = (leaks if leaks.any() else blind).nonzero()[0].tolist()
         does = "moves" if leaks.any() else "does not move"
         why = f"changing the token at {where(small, int(probed[row]))} {does} the logits at {where(small, place)}"
-    kernel = kernel_name(small, device=bench.device, dtype=torch.float64, head_dim=small.model.head_size)
+    kernel = _kernels(small, bench.device)
     return Finding(
         name="decoder: leak probes",
         measured=f"{int(leaks.sum()):,} leaks, {int(blind.sum()):,} blind",
@@ -115,14 +119,17 @@ def check_model_leaks(small: Small, bench: Bench) -> Finding:
 
 
 def lively_model(small: Small) -> Decoder:
-    """Return a float64 decoder whose every parameter matters: scores of order 1, norms and sinks unlike each other."""
-    model = Decoder(small.model).double()
+    """Return a float64 decoder whose every parameter matters: scores of order 1, norms and sinks unlike each other,
+    and decays so slow that no token is forgotten."""
+    model = Decoder(small.model, small.layers).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = initial_weight(name, parameter.shape, config=small.model, seed=5).double()
             generator = torch.Generator().manual_seed(sum(map(ord, name)))
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.dim() == 1:
+            if name.endswith("A_log"):
+                parameter.copy_(0.3 * noise - 6.0)
+            elif parameter.dim() == 1:
                 parameter.copy_(value + 0.3 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
@@ -130,17 +137,47 @@ def lively_model(small: Small) -> Decoder:
 
 
 def dense_loss_and_grads(small: Small, model: Decoder) -> tuple[float, list[Tensor]]:
-    """Return the mean loss over all true labels, and its gradients, from whole sequences and dense attention."""
-    losses = []
-    for tokens, labels, allowed in zip(small.tokens, small.labels, small.allowed, strict=True):
-        seen = allowed.expand(small.model.num_heads, -1, -1)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, *, sink_logits: Tensor | None, seen: Tensor = seen) -> Tensor:
-            return dense_attention(q, k, v, allowed=seen, softcap=small.model.softcap, sink_logits=sink_logits)[0]
-
-        places = everywhere(small.model, positions=torch.arange(small.total), attend=attend)
-        logits = model(tokens[None], places=places)
+    """Return the mean loss over all true labels, and its gradients, from whole sequences, dense attention and the
+    recurrence."""
+    positions, losses = torch.arange(small.total), []
+    for row, (tokens, labels) in enumerate(zip(small.tokens, small.labels, strict=True)):
+        by_kind = {kind: _whole(small, kind, row, positions) for kind in small.layers.used}
+        logits = model(tokens[None], places=[by_kind[kind] for kind in small.layers.kinds])
         losses.append(token_loss_sum(logits, labels[None]))
     labels_that_count = sum(int((each >= 0).sum()) for each in small.labels)
     loss = torch.stack(losses).sum() / max(labels_that_count, 1)
     return float(loss.detach()), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def _seen(small: Small, kind: str) -> list[Tensor]:
+    """Return who sees whom in a layer of this kind by the truth, for each sample: bool `[1 or H, T, T]`."""
+    if kind in LINEAR_KINDS:
+        return [truth.before(small.attention, documents) for documents in small.documents]
+    return small.of_kind(kind).allowed
+
+
+def _whole(small: Small, kind: str, row: int, positions: Tensor) -> Place:
+    """Return where a layer of this kind has a whole sequence, that of a sample."""
+    documents = small.documents[row] if small.attention.documents else torch.zeros_like(positions)
+    seen = _seen(small, kind)[row].expand(small.model.num_heads, -1, -1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, sink_logits: Tensor | None) -> Tensor:
+        return dense_attention(q, k, v, allowed=seen, softcap=small.model.softcap, sink_logits=sink_logits)[0]
+
+    def recur(q: Tensor, k: Tensor, v: Tensor, *, g: Tensor | None, beta: Tensor | None, scale: float | None) -> Tensor:
+        return truth.recurrence(q, k, v, g=g, beta=beta, scale=scale, documents=documents)[0]
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return truth.convolution(x, weight, documents)
+
+    return Place(positions=positions, attend=attend, recur=recur, convolve=convolve)
+
+
+def _kernels(small: Small, device: torch.device) -> str:
+    """Return who computes the layers, if it is one kernel, or that it is several."""
+    found = set()
+    if small.layers.softmax:
+        found.add(kernel_name(small, device=device, dtype=torch.float64, head_dim=small.model.head_size))
+    for kind in small.layers.linear_kinds:
+        found.add(kernel_of(shape_of(small, kind, configured=False), device=device, dtype=torch.float64))
+    return found.pop() if len(found) == 1 else "as above"

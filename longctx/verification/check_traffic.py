@@ -1,11 +1,13 @@
 """Checks of what is sent, to the byte and hop: against the plan, and against the textbook where all is needed."""
 
+from collections.abc import Sequence
+
 import torch
 
 from longctx.kernels.mask import full
 from longctx.parallel.schedules.ring import Ring
 from longctx.verification import truth
-from longctx.verification.attend import Outcome, attend, make_problem
+from longctx.verification.attend import Counted, Outcome, attend, make_problem
 from longctx.verification.bench import Bench
 from longctx.verification.report import Finding
 from longctx.verification.small import Small
@@ -15,14 +17,18 @@ _PASSES = ("forward", "backward")
 
 def check_traffic(small: Small, bench: Bench, outcome: Outcome) -> list[Finding]:
     """Check the bytes of an attention in the configured dtype and head size, and those of a bidirectional one."""
-    findings = [_as_planned(outcome, index) for index in range(2)]
+    findings = as_planned(outcome.sent, "sent {}: as planned")
     if small.cp > 1:
         findings += _textbook(small, bench)
     return findings
 
 
-def _as_planned(outcome: Outcome, index: int) -> Finding:
-    counted = [sent[index] for sent in outcome.sent]
+def as_planned(sent: Sequence[Sequence[Counted]], name: str) -> list[Finding]:
+    """Compare what every rank sent, `[rank][forward, backward]`, with what was planned; {} in `name` is the pass."""
+    return [_as_planned([each[index] for each in sent], name.format(word)) for index, word in enumerate(_PASSES)]
+
+
+def _as_planned(counted: Sequence[Counted], name: str) -> Finding:
     hops, sent = sum(each.hops for each in counted), sum(sum(each.bytes_to.values()) for each in counted)
     wrong = [(rank, each) for rank, each in enumerate(counted) if not each.as_planned]
     why = ""
@@ -33,7 +39,7 @@ def _as_planned(outcome: Outcome, index: int) -> Finding:
             f"{each.planned_hops} hops and sends {each.planned_bytes_to}"
         )
     return Finding(
-        name=f"sent {_PASSES[index]}: as planned",
+        name=name,
         measured=f"{hops} hops, {sent:,} B",
         bound="the plan's, by peer",
         passed=not wrong,

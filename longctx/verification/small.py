@@ -5,8 +5,10 @@ Every token of the corpus is a different number, so that any tensor of tokens sa
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,20 @@ from longctx.data.indexed import IndexedWriter, TokenStore, token_dtype
 from longctx.data.stream import PackedStream, Sample
 from longctx.engines.engine import DTYPES
 from longctx.kernels.mask import HeadMasks, Mask
+from longctx.mixers.layers import Layers
 from longctx.model import ModelConfig
 from longctx.parallel.layout import Layout
 from longctx.parallel.schedule import Schedule, Shape
+from longctx.parallel.state_passing import StatePassing, resolve_passing
+from longctx.stack import stack_shape
+from longctx.stack_traffic import choose_state_layout
 from longctx.verification import truth
 
 TOKENS_PER_RANK = 67  # odd: zigzag halves and stripes of any width have a remainder
 # A rank has more than one block of rows of a document, as kernels cut windowed tiles into blocks.
 TOKENS_WITH_WINDOW = 149
 LEAST_TOKENS = 9
-LAYERS, DIM, HIDDEN, HEAD_DIM = 2, 32, 48, 8
+RUN, DIM, HIDDEN, HEAD_DIM = 2, 32, 48, 8  # RUN: layers of one kind that follow each other
 SAMPLES = 2
 _SCORES = 3_000_000  # heads x T x T that a dense score matrix may have
 
@@ -41,6 +47,8 @@ class Small:
     Attributes:
         attention: scaled; layout and schedule are made of it.
         model: scaled, vocabulary included.
+        layers: what mixes tokens in each layer: every kind and change between kinds, in fewer layers.
+        layouts: of each layer, as the configured model would have it.
         source: the configuration as given.
         samples: two packed sequences with different documents.
         document_of_token: int64 `[vocabulary]`.
@@ -50,6 +58,8 @@ class Small:
     source: Config
     attention: AttentionConfig
     model: ModelConfig
+    layers: Layers
+    layouts: tuple[Layout, ...]
     layout: Layout
     schedule: Schedule
     total: int
@@ -66,6 +76,24 @@ class Small:
     def dtype(self) -> torch.dtype:
         """Return the dtype of the configured arithmetic."""
         return DTYPES[self.source.engine.dtype]
+
+    @property
+    def states(self) -> Layout:
+        """Return the layout of the linear layers, of which there must be some."""
+        return self.layouts[self.layers.linear[0]]
+
+    @property
+    def passing(self) -> StatePassing:
+        """Return how states are passed."""
+        return resolve_passing(self.attention.state_passing, splits=self.attention.state_splits)
+
+    def of_kind(self, kind: str) -> "Small":
+        """Return the same with the mask of softmax layers of this kind."""
+        if kind != "full":
+            return self
+        whole: dict[str, Any] = {"window": None, "head_windows": None, "sinks": 0}
+        source = dataclasses.replace(self.source, attention=dataclasses.replace(self.source.attention, **whole))
+        return dataclasses.replace(self, source=source, attention=dataclasses.replace(self.attention, **whole))
 
     @cached_property
     def masks(self) -> tuple[Mask | HeadMasks, ...]:
@@ -122,28 +150,78 @@ def shrink(config: Config, *, cp: int, per_machine: int, tokens_per_rank: int | 
     total = n * cp
     attention, scaled = _small_attention(config.attention, total=total, shard=n, seq_len=config.data.seq_len)
     lengths = _document_lengths(total)
+    kinds = small_kinds(config.layers.kinds)
     model = dataclasses.replace(
         config.model,
         vocab_size=sum(lengths),
         dim=min(config.model.dim, DIM),
-        num_layers=min(config.model.num_layers, LAYERS),
+        num_layers=len(kinds),
         head_dim=min(config.model.head_size, HEAD_DIM),
         hidden_dim=min(config.model.hidden_dim, HIDDEN),
     )
     layout = attention.make_layout(cp)
     layout.check_total(total)
+    layers, kernels = _small_layers(config, kinds, total=total)
+    states = layout
+    if config.attention.layers is not None:
+        attention = dataclasses.replace(attention, layers=list(kinds))
+    if layers.linear:
+        name = _state_layout(config, cp=cp)
+        attention = dataclasses.replace(attention, state_layout=name)
+        states = layout if name == "same" else Layout(name, cp)  # type: ignore[arg-type]
     return Small(
         source=config,
         attention=attention,
         model=model,
+        layers=layers,
+        layouts=tuple(states if index in layers.linear else layout for index in range(len(kinds))),
         layout=layout,
         schedule=attention.make_schedule(cp, heads=heads, kv_heads=config.model.num_kv_heads, per_machine=per_machine),
         total=total,
         per_machine=per_machine,
         samples=_samples(lengths, total=total, seed=config.data.seed),
         document_of_token=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
-        scaled=tuple(scaled),
+        scaled=(*scaled, *kernels),
     )
+
+
+def small_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Return fewer layers: runs of a kind cut to `RUN`, up to where every kind has occurred, and one layer more."""
+    runs = [(kind, min(len(list(run)), RUN)) for kind, run in groupby(kinds)]
+    short = [kind for kind, count in runs for _ in range(count)]
+    last = max(short.index(kind) for kind in kinds)
+    return tuple(short[: last + 2])
+
+
+def _small_layers(config: Config, kinds: tuple[str, ...], *, total: int) -> tuple[Layers, list[str]]:
+    """Return the layers with small heads, and what was scaled in words."""
+    mixers, scaled = config.mixers, []
+    for kind in Layers(kinds=kinds).linear_kinds:
+        given = mixers.linear_kind(kind)
+        limits = {"head_dim": HEAD_DIM, "v_head_dim": 2 * HEAD_DIM, "features": 2 * HEAD_DIM}
+        changes: dict[str, Any] = {
+            key: min(value, limit) for key, limit in limits.items() if (value := getattr(given, key)) is not None
+        }
+        if given.kernel in ("triton", "fla"):
+            changes["kernel"] = "auto"
+            scaled.append(f"mixers.{kind}.kernel {given.kernel} -> auto in float64")
+        changed: dict[str, Any] = {kind: dataclasses.replace(given, **changes)}
+        mixers = dataclasses.replace(mixers, **changed)
+    return Layers(kinds=kinds, mixers=mixers, max_positions=total), scaled
+
+
+def _state_layout(config: Config, *, cp: int) -> str:
+    """Return the layout of linear layers by name, as it is at the configured size."""
+    shape = stack_shape(
+        config.attention,
+        layers=config.layers,
+        model=config.model,
+        cp=cp,
+        total=config.data.seq_len,
+        dtype=DTYPES[config.engine.dtype],
+    )
+    layout = choose_state_layout(shape, config.attention.state_layout)
+    return "same" if layout == shape.softmax_layout else layout.name
 
 
 def _small_attention(

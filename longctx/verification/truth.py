@@ -51,6 +51,56 @@ def allowed(config: AttentionConfig, documents: Tensor) -> Tensor:
     return torch.stack([seen if window is None else seen & ((back < window) | sink) for window in windows])
 
 
+def before(config: AttentionConfig, documents: Tensor) -> Tensor:
+    """Return what a linear layer lets a token see, itself and all before it in its document: bool `[1, T, T]`."""
+    if not config.documents:
+        documents = torch.zeros_like(documents)
+    place = torch.arange(len(documents))
+    return ((place[:, None] >= place[None, :]) & (documents[:, None] == documents[None, :]))[None]
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float | None,
+    documents: Tensor,
+    initial: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return out `[B, T, H, V]` and the last state `[B, H, K, V]` of linear attention, token by token, in q's dtype.
+
+    A document begins with the state 0, the first one with `initial`.
+    """
+    batch, tokens, heads, keys = q.shape
+    state = q.new_zeros(batch, heads, keys, v.shape[-1]) if initial is None else initial.to(q)
+    outs = []
+    for t in range(tokens):
+        if t and documents[t] != documents[t - 1]:
+            state = torch.zeros_like(state)
+        if g is not None:
+            decay = g.to(q).exp() if g.dim() == 1 else g[:, t].to(q).exp()
+            state = state * (decay[:, :, :, None] if g.dim() == 4 else decay[..., None, None])
+        value = v[:, t]
+        if beta is not None:
+            value = beta[:, t, :, None].to(q) * (value - torch.einsum("bhk,bhkv->bhv", k[:, t], state))
+        state = state + k[:, t, :, :, None] * value[:, :, None, :]
+        outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state) * (keys**-0.5 if scale is None else scale))
+    return torch.stack(outs, dim=1), state
+
+
+def convolution(x: Tensor, weight: Tensor, documents: Tensor) -> Tensor:
+    """Return a causal depthwise convolution `[B, T, C]` of x with weight `[C, k]` that stays within documents."""
+    out = x * weight[:, -1]
+    for back in range(1, min(weight.shape[1], x.shape[1])):
+        same = torch.zeros(len(documents), dtype=torch.bool)
+        same[back:] = documents[back:] == documents[:-back]
+        out = out + torch.roll(x, back, dims=1) * weight[:, -1 - back] * same[:, None]
+    return out
+
+
 def labels_of(config: AttentionConfig, tokens: Tensor, documents: Tensor, document_of_token: Tensor) -> Tensor:
     """Return the labels `[T]`: the corpus' next token, ignored at the ends of documents and where it is visible."""
     following = (tokens + 1).clamp(max=len(document_of_token) - 1)
@@ -88,3 +138,18 @@ def textbook_bytes(shape: Shape, *, ranks: int, sharing: int, tokens: int, backw
     there = heads * both * low + kv_heads * both * low  # q, k, v; out
     back = heads * (both * low + wide) + kv_heads * both * (wide if repeated else low)  # dout, delta; dq, dk, dv
     return others * kv_heads * both * low + peers * there, others * moved + peers * back
+
+
+def textbook_states(name: str, *, ranks: int, state: int, transition: int) -> int | None:
+    """Return the bytes that all ranks together send in one pass if each has one segment; None where no paper says.
+
+    Stations of a ring hand one state on; a gathering sends every rank's map to those after it, but for the first
+    transition, which acts on nothing (LASP-2, arXiv 2502.07563, with transitions).
+
+    Args:
+        state, transition: bytes of one of them, with all heads and rows.
+    """
+    if name in ("ring", "pipelined"):
+        return (ranks - 1) * state
+    pairs = ranks * (ranks - 1) // 2
+    return pairs * state + (pairs - ranks + 1) * transition if name == "all_gather" else None

@@ -15,10 +15,10 @@ from longctx.parallel import needs as needs_module
 from longctx.parallel import plan as plan_module
 from longctx.parallel.schedules.ring import Ring
 from longctx.setup import check_world
-from longctx.verification.report import WIDTH, WIDTHS, Finding, Table, everywhere
+from longctx.verification.report import WIDTH, Finding, Table, everywhere
 from tests.support import bugs
+from tests.support.verify import failed, results, table
 
-SMALL = ("--tokens", "15", "parallel.cp=3", "data.seq_len=768")
 WINDOW = ("attention.window=6", "attention.sinks=2", "model.sink_logits=true")
 
 
@@ -31,23 +31,6 @@ def fresh_plans():
     yield
     for cache in caches:
         cache.cache_clear()
-
-
-def table(capsys, *arguments: str) -> tuple[int, dict[str, str], str]:
-    """Return the exit status, the result of every check by its name, and all that was printed."""
-    capsys.readouterr()
-    status = verify.main([*SMALL, *arguments])
-    text = capsys.readouterr().out
-    return status, results(text), text
-
-
-def results(text: str) -> dict[str, str]:
-    rows = [line for line in text.splitlines() if re.search(r" (pass|FAIL|info)$", line)]
-    return {row[: WIDTHS[0]].strip(): row.split()[-1] for row in rows}
-
-
-def failed(found: dict[str, str]) -> set[str]:
-    return {name for name, result in found.items() if result == "FAIL"}
 
 
 GOOD = [
