@@ -56,5 +56,5 @@ def per_token(g: Tensor, k: Tensor, rows: tuple[Tensor, ...]) -> Decayed:
     """Return those under log decays per token and head, `[B, N, H, C]`, or also per key dim, `[B, N, H, C, K]`."""
     scalar = g.dim() < k.dim()
     function = ScalarProducts if scalar else DiagonalProducts
-    prefix, suffix, *products = function.apply(g[..., None] if scalar else g, k, *rows)
-    return Decayed(products, Factors.apply(prefix), Factors.apply(suffix), Factors.apply(prefix[..., -1:, :]).mT)
+    entering, leaving, *products = function.apply(g[..., None] if scalar else g, k, *rows)
+    return Decayed(products, entering, leaving, entering[..., -1:, :].mT)

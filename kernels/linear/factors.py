@@ -19,8 +19,12 @@ NOTHING = {torch.float32: -43.0, torch.float64: -300.0}
 
 def factors(g: Tensor) -> Tensor:
     """Return the factors of log decays, -inf included."""
-    lowest = NOTHING[g.dtype]
-    return threshold(g.clamp(min=lowest).exp_(), math.exp(lowest + 0.01), 0.0, inplace=True)
+    return flush(g.clamp(min=NOTHING[g.dtype] - 1).exp_())
+
+
+def flush(x: Tensor) -> Tensor:
+    """Set factors, or products of two, to 0 in place where nothing is left."""
+    return threshold(x, math.exp(NOTHING[x.dtype]), 0.0, inplace=True)
 
 
 class Factors(torch.autograd.Function):

@@ -1,12 +1,12 @@
-"""Sums of log decays over spans of a chunk, none of which is a difference of two others.
+"""Decays over spans of a chunk, each the product of its own factors: never the exponential of a difference.
 
-G_i - G_j from running sums G would lose the digits of a weak gate next to a strong one: after a gate of -1e3 a float32
-knows the sum to 6e-5 only. Here every sum is of its own terms, all of one sign, and so exact to the last digits.
-Halving makes it cheap: a span from key j to query i crosses the middle of exactly one block of 2, 4, 8 ... tokens, and
+G_i - G_j from running sums G would lose the digits of a weak gate next to a strong one: after a log gate of -1e3 a
+float32 knows the sum to 6e-5 only, and after -inf nothing. Halving makes products cheap: a span from key j to query i
+crosses the middle of exactly one block of 2, 4, 8 ... tokens, and
 
-    g_{j+1} + ... + g_i = upto_j + since_i
+    exp(g_{j+1} + ... + g_i) = upto_j since_i
 
-with `upto` the sum from the key's next token to the middle, `since` from there on to the query.
+with `upto` the decay from the key's next token to the middle, `since` from there on to the query.
 """
 
 from collections.abc import Iterator
@@ -14,33 +14,36 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from longctx.kernels.linear.factors import factors, flush
+
 
 class Spans:
-    """The sums for `g [..., C, D]`, C a power of 2; walk through it, and it knows those of the whole chunk.
+    """The decays of `g [..., C, D]`, C a power of 2; walk through them, and they are known for the whole chunk too.
 
     Attributes:
-        prefix: `[..., C, D]` after the walk, the sum of a token's gate and those before it.
-        suffix: `[..., C, D]` after the walk, the sum of the gates after a token.
+        prefix: `[..., C, D]` after the walk, by a token's gate and those before it.
+        suffix: `[..., C, D]` after the walk, by the gates after a token.
     """
 
     def __init__(self, g: Tensor) -> None:
-        self.prefix, self.suffix = g.clone(memory_format=torch.contiguous_format), torch.zeros_like(g)
+        self.prefix = factors(g)
+        self.suffix = torch.ones_like(self.prefix)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield half = 1, 2, 4 ... with `upto` and `since`, `[..., blocks, half, D]`; the next step changes them."""
         for half in halves(self.prefix.shape[-2]):
             first, second, ahead = early(self.prefix, half), late(self.prefix, half), early(self.suffix, half)
             yield half, ahead, second
-            ahead += second[..., -1:, :]
-            second += first[..., -1:, :]
+            flush(ahead.mul_(second[..., -1:, :]))
+            flush(second.mul_(first[..., -1:, :]))
 
 
 def spans_gradient(dprefix: Tensor, dsuffix: Tensor, steps: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the gradient of g.
 
     Args:
-        dprefix, dsuffix: gradients of the whole chunk's sums; overwritten.
-        steps: of `upto` and `since` at each step of the walk.
+        dprefix, dsuffix: gradients of the logarithms of the whole chunk's decays; overwritten.
+        steps: of those of `upto` and `since` at each step of the walk.
     """
     for half, (dupto, dsince) in reversed(list(zip(halves(dprefix.shape[-2]), steps, strict=True))):
         first, second, ahead = early(dprefix, half), late(dprefix, half), early(dsuffix, half)
