@@ -1,8 +1,7 @@
 """The composition as one autograd function: what a rank does between q, k, v and out, and back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from longctx.kernels.contract import LocalKernel, Scores
 from longctx.kernels.merge import Partial, accumulator_dtype, empty_partial
 from longctx.kernels.positions import Tile
+from longctx.kernels.precision import without_autocast
 from longctx.kernels.softmax.delta import row_delta
 from longctx.parallel.heads import HeadSplit, to_heads, to_tokens
 from longctx.parallel.plan import Hop, Plan
@@ -64,22 +64,11 @@ class Call:
         return team_order(self.plan.layout, teams.members[teams.place(rank)[0]], self.plan.total, device)
 
 
-def _in_the_dtypes_given(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run without autocast, which would round partial results to 16 bits inside kernels that keep them in float32."""
-
-    @wraps(function)
-    def run(ctx: Any, x: Tensor, *others: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
-            return function(ctx, x, *others)
-
-    return run
-
-
 class Attention(torch.autograd.Function):
     """`(q, k, v, sink_logits | None, Call) -> (out, lse)`; lse is empty where it is not wanted."""
 
     @staticmethod
-    @_in_the_dtypes_given
+    @without_autocast
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor]:
@@ -120,7 +109,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_in_the_dtypes_given
+    @without_autocast
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         call: Call = ctx.call
         q, k, v, out, lse, sink = ctx.saved_tensors

@@ -6,13 +6,14 @@ kernel finishes. What `attention.py` is for softmax, with states for K/V: their 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longctx.kernels.linear.affine import Affine
-from longctx.kernels.linear.contract import Cuts, state_dtype
-from longctx.kernels.linear.op import linear_request, resolve_kernel
+from longctx.kernels.linear.contract import Cuts, LinearWork
+from longctx.kernels.linear.op import check_initial_state, linear_request, resolve_kernel
 from longctx.kernels.linear.short_conv import short_conv
 from longctx.parallel.chain import Chain, chain
 from longctx.parallel.cuts import Bounds, cuts, extended_documents
@@ -133,52 +134,42 @@ class ContextParallelLinearAttention:
         chunk_size: int | None = None,
         initial_state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Do the same and return the state `[B, H, K, V]` after the last token too, on the rank that holds it."""
-        with torch.autocast(q.device.type, enabled=False):  # it would round what is kept in float32 to 16 bits
-            return self._with_state(q, k, v, plan, g, beta, scale, chunk_size, initial_state)
+        """Do the same and return the state `[B, H, K, V]` after the last token too (None on the ranks without it).
 
-    def _with_state(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: StatePlan,
-        g: Tensor | None,
-        beta: Tensor | None,
-        scale: float | None,
-        chunk_size: int | None,
-        initial_state: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        The backward exchanges gradients of states: every rank's loss must depend on its `out`, or the others wait.
+        """
         self._check(q, plan)
         request = linear_request(q, k, v, g=g, beta=beta, chunk_size=chunk_size)
-        work = resolve_kernel(self.kernel, request).begin(
-            q,
-            k,
-            v,
-            g=g,
-            beta=beta,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            cuts=plan.cuts,
-            chunk_size=chunk_size,
-        )
-        links = plan.chain.links
-        first = links[0] == (plan.rank, 0)
-        if initial_state is not None:
-            expected = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-            if initial_state.shape != expected:
-                raise ValueError(f"initial_state must be [B, H, K, V] = {expected}; given {tuple(initial_state.shape)}")
-            initial_state = initial_state.to(state_dtype(q)) if first else None
-        states = None if initial_state is None else initial_state[:, None]
-        if len(links) > 1:
-            summary = work.summary()
-            if initial_state is not None:
-                summary = _begun(summary, initial_state)
-            states = pass_states(summary, passing=self.passing, chain=plan.chain, transport=self.transport)
-            if initial_state is not None:
-                states = torch.cat([initial_state[:, None], states[:, 1:]], dim=1)
-        out, finals = work.finish(states)
-        rank, segment = links[-1]
+        check_initial_state(initial_state, q=q, v=v)
+        kernel = resolve_kernel(self.kernel, request)
+        with torch.autocast(q.device.type, enabled=False):  # it would round what is kept in float32 to 16 bits
+            work = kernel.begin(
+                q,
+                k,
+                v,
+                g=g,
+                beta=beta,
+                scale=q.shape[-1] ** -0.5 if scale is None else scale,
+                cuts=plan.cuts,
+                chunk_size=chunk_size,
+            )
+            out, finals = work.finish(self._entering(work, initial_state, plan))
+        rank, segment = plan.chain.links[-1]
         return out, finals[:, segment] if rank == plan.rank else None
+
+    def _entering(self, work: LinearWork, initial_state: Tensor | None, plan: StatePlan) -> Tensor | None:
+        """Return the states that enter this rank's segments, `[B, P, H, K, V]`, or None where all are zero."""
+        links = plan.chain.links
+        if len(links) == 1:
+            return None if initial_state is None else initial_state[:, None]
+        summary, first = work.summary(), links[0] == (plan.rank, 0)
+        if initial_state is not None:
+            initial_state = initial_state.to(summary.state.dtype)
+            summary = _begun(summary, initial_state) if first else _anchored(summary, initial_state)
+        states = pass_states(summary, passing=self.passing, chain=plan.chain, transport=self.transport)
+        if initial_state is not None and first:
+            states = torch.cat([initial_state[:, None], states[:, 1:]], dim=1)
+        return states
 
     def convolve(self, x: Tensor, weight: Tensor, *, plan: StatePlan) -> Tensor:
         """Run a causal depthwise convolution over the tokens of each document.
@@ -205,6 +196,24 @@ class ContextParallelLinearAttention:
         rows = 1 if plan.bounds is None else len(plan.bounds)
         if rows not in (1, q.shape[0]):
             raise ValueError(f"need one cu_seqlens or one per row; given {rows} for a batch of {q.shape[0]}")
+
+
+class _Anchored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(anchor)
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, dstate: Tensor) -> tuple[Tensor, Tensor]:
+        (anchor,) = ctx.saved_tensors
+        return dstate, torch.zeros_like(anchor)
+
+
+def _anchored(summary: Affine, initial_state: Tensor) -> Affine:
+    """Return the summary, with a gradient if the initial state has one: all ranks have to take part in a backward."""
+    state: Tensor = _Anchored.apply(summary.state, initial_state)  # type: ignore[no-untyped-call]
+    return Affine(summary.transition, state)
 
 
 def _begun(summary: Affine, initial_state: Tensor) -> Affine:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longctx.kernels.linear.affine import Affine, transposed
+from longctx.kernels.precision import without_autocast
 from longctx.parallel.chain import Chain
 from longctx.parallel.schedule import Sent
 from longctx.parallel.states.all_gather import AllGather
@@ -105,6 +106,7 @@ class _PassStates(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dstates: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         transition, states = ctx.saved_tensors
         passing, chain, transport = ctx.arguments

@@ -53,7 +53,7 @@ class LinearRequest:
     chunk_size: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Cuts:
     """Where the sequence of one rank's T tokens is cut.
 
@@ -150,7 +150,7 @@ class LinearKernel(Protocol):
             q, k: `[B, T, H, K]`.
             v: `[B, T, H, V]`, same dtype.
             g: None, `[H]`, `[B, T, H]` or `[B, T, H, K]`, <= 0; float32, or float64 for float64 inputs.
-            beta: None or `[B, T, H]`.
+            beta: None or `[B, T, H]`, in q's dtype or in that of g.
             scale: of q.
             cuts: where segments and documents begin.
             chunk_size: tokens of a chunk; None = the kernel's own choice.

@@ -1,8 +1,9 @@
 """Choose a kernel of linear attention by name, or say why not; and the op on one device."""
 
+import torch
 from torch import Tensor
 
-from longctx.kernels.linear.contract import Cuts, LinearKernel, LinearRequest, gate_of, state_dtype, whole
+from longctx.kernels.linear.contract import LinearKernel, LinearRequest, gate_of, state_dtype, whole
 from longctx.kernels.linear.reference import Reference
 from longctx.kernels.linear.torch_kernel import TorchKernel
 
@@ -21,8 +22,8 @@ def resolve_kernel(name: str, request: LinearRequest) -> LinearKernel:
     reason = kernel.unsupported(request)
     if reason is not None:
         raise ValueError(
-            f"kernel {kernel.name} cannot serve this linear attention: {reason}. Kernel torch serves every kind on any "
-            "device; auto takes triton where it can"
+            f"kernel {kernel.name} cannot serve this linear attention: {reason}. kernel=torch serves every kind on any "
+            "device, with chunks of its own choice; auto takes triton where it can"
         )
     return kernel
 
@@ -69,6 +70,11 @@ def linear_request(
         raise ValueError(f"g must be {state_dtype(q)}, since decays are never 16-bit; given {g.dtype}")
     if beta is not None and beta.shape != q.shape[:3]:
         raise ValueError(f"beta must be [B, T, H] = {tuple(q.shape[:3])}; given {tuple(beta.shape)}")
+    if beta is not None and beta.dtype not in (q.dtype, state_dtype(q)):
+        raise ValueError(f"beta must be {q.dtype} as q, or {state_dtype(q)}; given {beta.dtype}")
+    elsewhere = next((x.device for x in (k, v, g, beta) if x is not None and x.device != q.device), None)
+    if elsewhere is not None:
+        raise ValueError(f"q, k, v, g, beta must be on one device; given {q.device} and {elsewhere}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be >= 1 or None; given {chunk_size}")
     return LinearRequest(
@@ -80,6 +86,13 @@ def linear_request(
         value_dim=v.shape[-1],
         chunk_size=chunk_size,
     )
+
+
+def check_initial_state(initial_state: Tensor | None, *, q: Tensor, v: Tensor) -> None:
+    """Refuse a state `[B, H, K, V]` that does not fit q `[B, T, H, K]` and v `[B, T, H, V]`."""
+    expected = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    if initial_state is not None and initial_state.shape != expected:
+        raise ValueError(f"initial_state must be [B, H, K, V] = {expected}; given {tuple(initial_state.shape)}")
 
 
 def linear_attention(
@@ -115,17 +128,19 @@ def linear_attention(
         ValueError: shapes or dtypes that do not fit, or a kernel that cannot serve the request.
     """
     request = linear_request(q, k, v, g=g, beta=beta, chunk_size=chunk_size)
-    cuts: Cuts = whole(q.shape[1], cu_seqlens, q.device)
-    work = resolve_kernel(kernel, request).begin(
-        q,
-        k,
-        v,
-        g=g,
-        beta=beta,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        cuts=cuts,
-        chunk_size=chunk_size,
-    )
-    states = None if initial_state is None else initial_state.to(state_dtype(q))[:, None]
-    out, final = work.finish(states)
+    check_initial_state(initial_state, q=q, v=v)
+    cuts, chosen = whole(q.shape[1], cu_seqlens, q.device), resolve_kernel(kernel, request)
+    with torch.autocast(q.device.type, enabled=False):  # it would round what is kept in float32 to 16 bits
+        work = chosen.begin(
+            q,
+            k,
+            v,
+            g=g,
+            beta=beta,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            cuts=cuts,
+            chunk_size=chunk_size,
+        )
+        states = None if initial_state is None else initial_state.to(state_dtype(q))[:, None]
+        out, final = work.finish(states)
     return out, final[:, 0]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longctx.kernels.linear.chunks import Block
+from longctx.kernels.precision import without_autocast
 
 
 class Read(torch.autograd.Function):
@@ -28,6 +29,7 @@ class Read(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of out, queries and states."""
         queries, states = ctx.saved_tensors

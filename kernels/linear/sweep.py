@@ -18,6 +18,7 @@ from longctx.kernels.linear.decay import Decayed, fixed, per_token, undecayed
 from longctx.kernels.linear.scan import Scan
 from longctx.kernels.linear.sight import Documents
 from longctx.kernels.linear.terms import Terms, terms
+from longctx.kernels.precision import without_autocast
 
 # Tokens times heads times batch of a block: what a core's cache holds; launches count on other devices, caches do not.
 BLOCK_ON_CPU, BLOCK = 1 << 12, 1 << 19
@@ -171,10 +172,12 @@ class Sweep(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Go backwards: each block's graph once more, and through it."""
         task: Task = ctx.task
-        whole, entered = Inputs(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks them at each access
+        whole, entered = Inputs(*saved[:5]), saved[5:]
         dout, dfinal, dqueries, dtransition = grads
         needs = ctx.needs_input_grad[3:]
         totals = [

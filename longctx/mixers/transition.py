@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.kernels.linear.contract import Gate, state_dtype
+from longctx.kernels.precision import without_autocast
 
 # The shape of each decay.
 DECAYS: dict[str, Gate] = {
@@ -71,6 +72,7 @@ class Transition(nn.Module):
             self.dt_bias = nn.Parameter(torch.zeros(heads * key_dim if diagonal else heads))
         self.b_proj = nn.Linear(dim, heads, bias=False) if rule == "delta" else None
 
+    @without_autocast
     def forward(self, x: Tensor) -> Gates:
         x = x.to(state_dtype(x))
         beta = None if self.b_proj is None else _wide(self.b_proj, x).sigmoid()
@@ -91,7 +93,7 @@ class Transition(nn.Module):
         log = F.logsigmoid(raw)
         if self.decay == "regla":  # in logarithms, where f or 1 - f may be tiny
             refined = math.log(2.0) + F.logsigmoid(_wide(self.refine, low)) + F.logsigmoid(-raw)
-            log = log + torch.logaddexp(log, refined)
+            log = (log + torch.logaddexp(log, refined)).clamp(max=0.0)  # rounding: f (f + 2 r (1 - f)) <= 1
         return (log / _TEMPERATURE).unflatten(-1, (self.heads, -1))
 
 

@@ -5,7 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from longctx.kernels.linear.op import linear_attention
 from longctx.linear_attention import ContextParallelLinearAttention
 from longctx.parallel.layout import Layout
 from longctx.parallel.loopback import run_ranks
@@ -160,3 +162,77 @@ def test_refusals():
             plan=attention.plan(None, total=8, device=torch.device("cpu")),
             initial_state=torch.zeros(2, 2, 3, 4),
         )
+
+
+def test_a_trained_initial_state_with_all_else_frozen():
+    """All ranks take part in the backward though only the first one's outputs show the state directly."""
+    layout, total = Layout("contiguous", 3), 12
+    problem = make_problem(total, gate="scalar", rule="delta", bounds=None, initial=True)
+
+    def run(transport):
+        attention = ContextParallelLinearAttention(
+            layout=layout, passing=resolve_passing("ring"), transport=transport, kernel="torch"
+        )
+        part = partial(layout.shard, rank=transport.rank, dim=1)
+        initial = problem.initial.clone().requires_grad_()
+        out = attention(
+            part(problem.q),
+            part(problem.k),
+            part(problem.v),
+            g=part(problem.g),
+            beta=part(problem.beta),
+            initial_state=initial,
+            plan=attention.plan(None, total=total, device=torch.device("cpu")),
+        )
+        (out * part(problem.dout)).sum().backward()
+        return initial.grad
+
+    initial = problem.initial.clone().requires_grad_()
+    inputs = {name: tensor for name, tensor in problem.inputs.items() if name != "initial"}
+    out, _ = linear_attention(**inputs, initial_state=initial, kernel="reference")
+    (out * problem.dout).sum().backward()
+    torch.testing.assert_close(sum(run_ranks(3, run)), initial.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("rule", RULES)
+def test_under_activation_checkpointing(gate, rule):
+    """The forward runs again in the backward, exchanges of states included, and gives the same gradients."""
+    layout, total = Layout("zigzag", 2), 12
+    problem = make_problem(total, gate=gate, rule=rule, bounds=(0, 5, 12), initial=False)
+
+    def run(transport, *, again):
+        attention = ContextParallelLinearAttention(
+            layout=layout, passing=resolve_passing("all_gather"), transport=transport, kernel="torch"
+        )
+        plan = attention.plan([problem.bounds], total=total, device=torch.device("cpu"))
+        leaves = {
+            n: (x if n == "g" and gate == "fixed" else layout.shard(x, rank=transport.rank, dim=1)).clone()
+            for n, x in problem.inputs.items()
+        }
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+
+        def attend(q, k, v):
+            return attention(q, k, v, g=leaves.get("g"), beta=leaves.get("beta"), plan=plan, chunk_size=4)
+
+        qkv = (leaves["q"], leaves["k"], leaves["v"])
+        out = checkpoint(attend, *qkv, use_reentrant=False) if again else attend(*qkv)
+        out.square().sum().backward()
+        return [leaf.grad for leaf in leaves.values()]
+
+    once, twice = (run_ranks(2, partial(run, again=again)) for again in (False, True))
+    for a, b in zip(once, twice, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_autocast_changes_nothing():
+    problem = in_other_dtype(
+        make_problem(40, gate="scalar", rule="delta", bounds=None, initial=True, seed=5), torch.float32
+    )
+    want = whole(problem, kernel="torch")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = whole(problem, kernel="torch")
+        parts = run_ranks(1, lambda t: sharded(t, Layout("zigzag", 1), problem, passing="ring", kernel="torch"))[0]
+    for name, expected in want.items():
+        assert torch.equal(got[name], expected) and torch.equal(parts[name], expected), name
