@@ -45,10 +45,13 @@ def begin_delta(
     gate = "scalar" if gate_of(g) == "fixed" else gate_of(g)
     problem = Problem(gate, scale, table, chunk_documents(cuts, table), entry)
     gates = None
-    if g is not None:
-        gates = g.clamp(min=WEAKEST).contiguous() if gate == "diagonal" else running_sums(g, table, q.shape[0])
+    if g is not None and gate == "scalar":
+        gates, g = running_sums(g, table, q.shape[0]).detach(), g.expand(q.shape[:3])
+    elif g is not None:
+        g = g.clamp(min=WEAKEST).contiguous()
+        gates = g.detach()
     tensors = (x.contiguous() for x in (q, k, v, beta))
-    return DeltaWork(problem, *_Factors.apply(problem, gates, *tensors))  # type: ignore[no-untyped-call]
+    return DeltaWork(problem, *_Factors.apply(problem, gates, g, *tensors))  # type: ignore[no-untyped-call]
 
 
 def _run(
@@ -102,11 +105,18 @@ class DeltaWork:
 
 
 class _Factors(torch.autograd.Function):
-    """(gates, q, k, v, beta) -> Q, A, K, W, U in q's dtype and D `[B, N, H, K]` in float32."""
+    """(g, q, k, v, beta) -> Q, A, K, W, U in q's dtype and D `[B, N, H, K]` in float32; kernels read g as `gates`."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, problem: Problem, gates: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor
+        ctx: Any,
+        problem: Problem,
+        gates: Tensor | None,
+        g: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
     ) -> tuple[Tensor, ...]:
         batch, tokens, heads, size = q.shape
         a = q.new_empty(batch, tokens, heads, problem.rows)
@@ -135,12 +145,12 @@ class _Factors(torch.autograd.Function):
         made: dict[str, Tensor | None] = {"dv": dv, "dbeta": dbeta_of_v, "dlow_out": dlow}
         _run(problem, solve_backward_kernel, "solve_backward", (q, v), {**inputs, "v": v, "du": du, **made})
         dq, dk, dbeta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(beta)
-        dgates = None if gates is None else torch.empty_like(gates)
+        dg = None if gates is None else torch.empty_like(gates, dtype=torch.float32)
         given = {"da_in": da, "dlow_in": dlow, "dqs": dqs, "dks": dks, "ddecays": ddecays, "dbeta_of_v": dbeta_of_v}
-        made = {"dq": dq, "dk": dk, "dbeta": dbeta, "dg": dgates}
+        made = {"dq": dq, "dk": dk, "dbeta": dbeta, "dg": dg}
         diagonal = "_diagonal" if problem.gate == "diagonal" else ""
         _run(problem, scores_backward_kernel, "scores_backward" + diagonal, (q, v), {**inputs, "q": q, **given, **made})
-        return None, dgates, dq, dk, dv, dbeta
+        return None, None, dg, dq, dk, dv, dbeta
 
 
 class _Finish(torch.autograd.Function):

@@ -105,8 +105,9 @@ def factors_kernel(
     rows = tl.arange(0, C)
     there = rows < count
     operand = q.dtype.element_ty
-    b_i = tl.load(beta + base + rows * H, mask=there, other=0.0).to(tl.float32)[:, None]
-    t = load_rows(t_in + base * C, rows, rows, there, H * C, C).to(operand)
+    # T b is rounded once; T and b v would be twice.
+    b_j = tl.load(beta + base + rows * H, mask=there, other=0.0).to(tl.float32)[None, :]
+    tb = (load_rows(t_in + base * C, rows, rows, there, H * C, C) * b_j).to(operand)
 
     for first in range(0, K, BK):
         dims = first + tl.arange(0, BK)
@@ -118,10 +119,10 @@ def factors_kernel(
         store_rows(qs + base * K, rows, dims, there, H * K, scale * into * qq, K)
         store_rows(ks + base * K, rows, dims, there, H * K, out * kk, K)
         tl.store(decays + ((b * chunks + chunk) * H + h) * K + dims, total, mask=dims < K)
-        ww = tl.dot(t, (b_i * into * kk).to(operand), input_precision=PRECISION)
+        ww = tl.dot(tb, (into * kk).to(operand), input_precision=PRECISION)
         store_rows(w + base * K, rows, dims, there, H * K, ww, K)
     for first in range(0, V, BV):
         dims = first + tl.arange(0, BV)
         vv = load_rows(v + base * V, rows, dims, there, H * V, V)
-        uu = tl.dot(t, (b_i * vv).to(operand), input_precision=PRECISION)
+        uu = tl.dot(tb, vv, input_precision=PRECISION)
         store_rows(u + base * V, rows, dims, there, H * V, uu, V)

@@ -1,8 +1,9 @@
 """Gradients of the delta rule's factors with respect to q, k, v, beta and the gates; see `delta_prepare.py`.
 
 With X = (b v, b k exp G) and (U, W) = T X: dX = T^T d(U, W), dT = d(U, W) X^T and dL = -T^T dT T^T below the diagonal.
-Of a cumulative gate the gradient is that of what it decays times it, as q dq - k dk; of a gate, the sum of these over
-the rest of the chunk.
+The gate of token t decays everything that passes from before t to t or later. Per head its gradient is added up from
+just these terms. Per key dim that would be a product per dim and pair: there it is the sum over the rest of the chunk
+of what multiplies cumulative gates, as q dq - k dk, in which pairs on one side of t cancel.
 """
 
 import triton
@@ -96,7 +97,12 @@ def scores_backward_kernel(
     da, dlow = da.to(operand), dlow.to(operand)
 
     db = tl.load(dbeta_of_v + base + rows * H, mask=there, other=0.0)
-    dg_sum = tl.zeros([C], tl.float32)
+    if GATE == "scalar":
+        qk = tl.zeros([C, C], tl.float32)
+        kk_of_pairs = tl.zeros([C, C], tl.float32)
+        from_before = tl.zeros([C], tl.float32)
+        to_after = tl.zeros([C], tl.float32)
+        through = 0.0
     for first in range(0, K, BK):
         dims = first + tl.arange(0, BK)
         qq = load_rows(q + base * K, rows, dims, there, H * K, K)
@@ -125,21 +131,31 @@ def scores_backward_kernel(
             gates, documents, entering, base, begin, rows, dims, count, H, K, C, BK, GATE
         )
         dww = load_rows(dw + base * K, rows, dims, there, H * K, K)
-        to_q += scale * into * load_rows(dqs + base * K, rows, dims, there, H * K, K)
-        to_i += into * tl.dot(tl.trans(t), dww, input_precision=PRECISION)
+        into_q = scale * into * load_rows(dqs + base * K, rows, dims, there, H * K, K)
+        into_i = into * tl.dot(tl.trans(t), dww, input_precision=PRECISION)
+        to_q += into_q
+        to_i += into_i
         to_last = out * load_rows(dks + base * K, rows, dims, there, H * K, K)
         store_rows(dq + base * K, rows, dims, there, H * K, to_q, K)
         store_rows(dk + base * K, rows, dims, there, H * K, b_i * to_i + to_j + to_last, K)
         db += tl.sum(kk * to_i, axis=1)
-        if GATE != "none":
+        if GATE == "scalar":
+            qk += tl.dot(qq, tl.trans(kk), input_precision=PRECISION)
+            kk_of_pairs += tl.dot(kk, tl.trans(kk), input_precision=PRECISION)
+            from_before += tl.sum(qq * into_q + b_i * kk * into_i, axis=1)
+            to_after += tl.sum(kk * to_last, axis=1)
+            ddecay = tl.load(ddecays + ((b * chunks + chunk) * H + h) * K + dims, mask=dims < K, other=0.0)
+            through += tl.sum(total * ddecay, axis=0)
+        if GATE == "diagonal":
             ddecay = tl.load(ddecays + ((b * chunks + chunk) * H + h) * K + dims, mask=dims < K, other=0.0)
             of_last = total * ddecay + tl.sum(kk * to_last, axis=0)
             dgate = qq * to_q + kk * (b_i * to_i - to_j - to_last)
             dgate += tl.where(i == count - 1, of_last[None, :], 0.0)
-            if GATE == "diagonal":
-                store_rows(dg + base * K, rows, dims, there, H * K, tl.cumsum(dgate, axis=0, reverse=True), K)
-            else:
-                dg_sum += tl.sum(dgate, axis=1)
+            store_rows(dg + base * K, rows, dims, there, H * K, tl.cumsum(dgate, axis=0, reverse=True), K)
     if GATE == "scalar":
-        tl.store(dg + base + rows * H, dg_sum, mask=there)
+        pairs = tl.where(i > j, da * qk + b_i * dlow * kk_of_pairs, 0.0)
+        to_rest = tl.cumsum(pairs, axis=0, reverse=True)  # from j to t and later
+        passed = tl.sum(tl.where(i > j, to_rest + to_after[None, :], 0.0), axis=1)
+        passed += tl.cumsum(from_before, axis=0, reverse=True) + through
+        tl.store(dg + base + rows * H, passed, mask=there)
     tl.store(dbeta + base + rows * H, db.to(dbeta.dtype.element_ty), mask=there)
