@@ -28,7 +28,7 @@ def _delta16(size: int) -> dict[str, Tile]:
         "factors_gradient": Tile(64, 64, 4, 1),
         "factors_gradient_wide": Tile(64, 32, 8, 1),
         "solve_backward": Tile(64, 64, 8, 1),
-        "scores_backward": Tile(32, 64, 4, 1),
+        "scores_backward": Tile(32, 64, 8, 1),
         "scores_backward_diagonal": Tile(16, 64, 8, 1),
     }
 
