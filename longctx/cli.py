@@ -87,8 +87,10 @@ checked:
   plan                                       every visible pair is computed once; nothing else is fetched
   attention                                  outputs and all gradients in float64 against dense attention, and in
                                              engine.dtype within 2x (gradients 3x) of torch's own error
+  linear layers                              outputs, states, all gradients, convolutions against the recurrence
   leak probes                                change one token: exactly what may see it moves, forward and backward
-  traffic                                    hops and bytes against the plan, and against the textbook's formulas
+  traffic                                    hops and bytes against the plan, and against the textbook's formulas;
+                                             states, halos and relayouts likewise
   decoder                                    loss and every parameter's gradient against one rank; with torchrun also
                                              a step of the engine
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from longctx.attention_config import AttentionConfig
+from longctx.mixers.pattern import LINEAR_KINDS, SOFTMAX_KINDS, parse_round
 from longctx.parallel.links import Speeds
 from longctx.parallel.plan import AnyMask
 from longctx.parallel.predict import Prediction, predict
@@ -69,6 +70,11 @@ class Choice:
         sampled = [each.sampled for _, each in self.ranked if each.sampled is not None]
         if sampled:
             lines.append(f"  striped: the work was counted with {min(sampled)} documents that stand for all")
+        kinds = set() if self.config.layers is None else set(parse_round(self.config.layers))
+        if kinds.intersection(LINEAR_KINDS):
+            lines.append("  softmax layers: what linear ones send (states, halos, relayouts) is not in these numbers")
+        if kinds.issuperset(SOFTMAX_KINDS):
+            lines.append("  layers of kind full: those of kind window have less to do")
         return "\n".join(lines)
 
 

@@ -64,9 +64,9 @@ def stack_of(small: Small, transport: Transport) -> Stack:
     )
 
 
-def where(small: Small, position: int, layout: Layout | None = None) -> str:
-    """Return a position in words; `layout` is that of softmax layers unless another is given."""
-    document, layout = int(small.documents[0][position]), layout or small.layout
+def where(small: Small, position: int, layout: Layout | None = None, *, row: int = 0) -> str:
+    """Return a position of a sample in words; `layout` is that of softmax layers unless another is given."""
+    document, layout = int(small.documents[row][position]), layout or small.layout
     rank = next(r for r in range(small.cp) if position in layout.positions(r, small.total).tolist())
     return f"position {position} (document {document}, cp rank {rank})"
 

@@ -33,7 +33,7 @@ def check_linear(small: Small, bench: Bench, kind: str) -> list[Finding]:
     """Compare outputs, the last state and every gradient in float64, where only rounding may differ."""
     shape = shape_of(small, kind, configured=False)
     kernel = kernel_of(shape, device=bench.device, dtype=torch.float64)
-    problem = make_recurrence(small, kind, shape, batch=1, seed=11)
+    problem = make_recurrence(small, kind, shape, batch=len(small.samples), seed=11)
     ours = recur(small, bench, kind, shape, problem).tensors
     findings = []
     for name, expected in recurred(small, problem, dtype=torch.float64).items():
@@ -42,10 +42,11 @@ def check_linear(small: Small, bench: Bench, kind: str) -> list[Finding]:
         why = _USUALLY[name]
         if not error <= EXACT and name not in _WHOLE and expected.dim() > 1:
             wrong = ~((ours[name] - expected).abs() <= EXACT * scale)
-            places = wrong.flatten(2).any(-1)[0].nonzero().flatten().tolist()
+            rows, places = wrong.flatten(2).any(-1).nonzero().T.tolist()
             ranks = [r for r in range(small.cp) if set(small.states.positions(r, small.total).tolist()) & set(places)]
-            first = where(small, places[0], small.states)
-            why = f"{len(places)} of {small.total} positions are off, of cp ranks {ranks}; first {first}; usually {why}"
+            first = f"{where(small, places[0], small.states, row=rows[0])} of sequence {rows[0]}"
+            off = f"{len(places)} of {len(small.samples) * small.total} positions are off, of cp ranks {ranks}"
+            why = f"{off}; first {first}; usually {why}"
         findings.append(at_most(f"{kind}: {name} vs recurrence", error, EXACT, kernel=kernel, why=why))
     return findings
 
@@ -54,7 +55,7 @@ def check_linear_dtype(small: Small, bench: Bench, kind: str) -> list[Finding]:
     """Compare in the configured dtype and sizes, with the recurrence's own error there as the measure; count bytes."""
     shape, dtype = shape_of(small, kind, configured=True), small.dtype
     kernel = kernel_of(shape, device=bench.device, dtype=dtype)
-    problem = make_recurrence(small, kind, shape, batch=1, seed=12).to(dtype)
+    problem = make_recurrence(small, kind, shape, batch=len(small.samples), seed=12).to(dtype)
     outcome = recur(small, bench, kind, shape, problem)
     findings = []
     if dtype != torch.float64:
@@ -89,6 +90,7 @@ def _textbook(small: Small, kind: str, outcome: Outcome) -> list[Finding]:
     """Compare the bytes of all ranks with the papers', where each rank has one run of tokens."""
     shape, wide = shape_of(small, kind, configured=True), accumulator_dtype(small.dtype).itemsize
     one = dataclasses.replace(shape, recurrences=shape.recurrences[:1])
+    wide *= len(small.samples)
     due = truth.textbook_states(
         small.passing.name, ranks=small.cp, state=one.state_size * wide, transition=one.transition_size * wide
     )

@@ -99,7 +99,10 @@ def make_recurrence(
 def recur(
     small: Small, bench: Bench, kind: str, shape: LinearShape, problem: Recurrence, *, backward: bool = True
 ) -> Outcome:
-    """Return what the ranks compute together (collective on real ranks): `RESULTS`, and gradients by `d` and a name."""
+    """Return what the ranks compute together (collective on real ranks): `RESULTS`, and gradients by `d` and a name.
+
+    The rows of the batch are packed as the samples are if there are as many, else all as the first sample.
+    """
     layout, names = small.states, list(problem.inputs)
     whole = shape.gate == "fixed"
 
@@ -113,7 +116,8 @@ def recur(
             return (layout.shard(x, rank=transport.rank, dim=1) if sharded(name) else x.clone()).to(bench.device)
 
         leaves = {name: own(name, x).requires_grad_(backward) for name, x in problem.inputs.items()}
-        bounds = [small.samples[0].cu_seqlens] if small.attention.documents else None
+        rows = small.samples if problem.dout.shape[0] == len(small.samples) else small.samples[:1]
+        bounds = [sample.cu_seqlens for sample in rows] if small.attention.documents else None
         plan = linear.plan(bounds, total=small.total, device=bench.device)
         planned = _planned(small, shape, problem, transport.rank)
         marks = [mark(transport)]
@@ -152,19 +156,24 @@ def recur(
 
 
 def recurred(small: Small, problem: Recurrence, *, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the same by the recurrence on whole tensors, all in `dtype`, on the CPU."""
+    """Return the same by the recurrence on whole tensors, row by row, all in `dtype`, on the CPU."""
     leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in problem.inputs.items()}
-    documents = small.documents[0] if small.attention.documents else torch.zeros_like(small.documents[0])
-    out, state = truth.recurrence(
-        leaves["q"],
-        leaves["k"],
-        leaves["v"],
-        g=leaves.get("g"),
-        beta=leaves.get("beta"),
-        scale=None,
-        documents=documents,
-        initial=leaves["state"],
-    )
+    rows = []
+    for row, documents in enumerate(small.documents):
+        each = {name: x if x.dim() == 1 else x[row : row + 1] for name, x in leaves.items()}
+        rows.append(
+            truth.recurrence(
+                each["q"],
+                each["k"],
+                each["v"],
+                g=each.get("g"),
+                beta=each.get("beta"),
+                scale=None,
+                documents=documents if small.attention.documents else torch.zeros_like(documents),
+                initial=each["state"],
+            )
+        )
+    out, state = (torch.cat(parts) for parts in zip(*rows, strict=True))
     grads = torch.autograd.grad(
         [out, state],
         list(leaves.values()),

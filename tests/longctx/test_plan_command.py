@@ -51,3 +51,20 @@ def test_the_command(tmp_path, capsys):
     ):
         assert main([*data, *wrong]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_hybrid_stack(tmp_path, capsys):
+    """Every kind of softmax layer has its plan; linear layers say where they run and what they send."""
+    data = ["data=txt", f"data.path={write_corpus(tmp_path / 'text')}", f"data.cache_dir={tmp_path / 'cache'}"]
+    run = [*data, "data.seq_len=512", "parallel.cp=4", "attention.layout=striped", "model.num_layers=6"]
+    assert main([*run, "attention.layers=gdn*4+window+full", "attention.window=64"]) == 0
+    told = capsys.readouterr().out
+    assert "plan of window layers: striped" in told and "plan of full layers: striped" in told
+    assert "linear layers: 4 of gdn*4 + window + full, contiguous, all_gather: a rank sends at most" in told
+    assert "relayout: 1 of the hidden states per forward" in told
+    assert main([*run, "attention=auto", "attention.layout=auto", "attention.layers=gdn*2+full"]) == 0
+    told = capsys.readouterr().out
+    assert "softmax layers: what linear ones send (states, halos, relayouts) is not in these numbers" in told
+    assert main([*data, "data.seq_len=512", "parallel.cp=4", "attention=lightning"]) == 0
+    told = capsys.readouterr().out
+    assert "plan" not in told and told.count("linear layers: ") == 1
