@@ -150,12 +150,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def decays(name: str, parameter: Tensor) -> bool:
     """Say whether weight decay applies to the parameter `name`.
 
-    It applies to matrices (two or more dims) that are neither a norm's weight nor a bias. Embeddings are matrices and
+    It applies to matrices (two or more dims) that are neither a norm's weight nor a bias, nor what begins as an
+    identity: a learned feature map, the taps of a convolution. Embeddings are matrices and
     do decay, as in Megatron-LM: a tied embedding is also the output matrix, so leaving embeddings out
     would let tying them change the regularisation as a side effect.
     """
     parts = name.lower().split(".")
-    return parameter.ndim >= 2 and parts[-1] != "bias" and not any("norm" in part for part in parts)
+    exempt = parts[-1] in ("bias", "query_weight", "key_weight", "conv_weight") or any("norm" in part for part in parts)
+    return parameter.ndim >= 2 and not exempt
 
 
 def param_groups(named_parameters: Iterable[tuple[str, Tensor]], config: OptimConfig) -> list[dict[str, Any]]:

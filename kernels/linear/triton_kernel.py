@@ -10,7 +10,6 @@ from longctx.kernels.triton_common.tile_table import TileTable, arch_of
 
 MAX_HEAD_DIM = 256
 MAX_CHUNK = 64
-DELTA = "longctx.kernels.linear.triton.delta"
 
 
 class TritonKernel:
@@ -39,8 +38,6 @@ class TritonKernel:
             return f"head dims go up to {MAX_HEAD_DIM}; given K = {request.key_dim}, V = {request.value_dim}"
         if request.chunk_size is not None and request.chunk_size > MAX_CHUNK:
             return f"chunks of more than {MAX_CHUNK} tokens do not fit; given chunk_size = {request.chunk_size}"
-        if request.delta and find_spec(DELTA) is None:
-            return "the delta rule is not served yet"
         return None
 
     def begin(

@@ -80,7 +80,7 @@ def dq_kernel(
             passed = tl.cumsum(ds * tl.dot(qs, tl.trans(ks), input_precision=PRECISION), axis=0, reverse=True)
             rest = tl.sum(tl.where(rows[:, None] > rows[None, :], passed, 0.0), axis=1)
             rest = (rest + tl.cumsum(from_state, axis=0, reverse=True)) * scale
-            tl.store(dgates + block * rows_of_all + first + rows * H, rest, mask=inside)
+            tl.store(dgates + block.to(tl.int64) * rows_of_all + first + rows * H, rest, mask=inside)
         acc += tl.dot(ds.to(k.dtype.element_ty), ks, input_precision=PRECISION)
     acc *= scale
     store_rows(dq + first * K, rows, keys, inside, H * K, acc, K)
@@ -135,7 +135,7 @@ def dk_kernel(
             acc *= decay_to_last(gates + first, high, low, leaving, count, H)[:, None]
             to_state = tl.sum(acc * ks, axis=1)
             earlier = tl.cumsum(to_state, axis=0) - to_state
-            tl.store(dgates + block * rows_of_all + first + rows * H, earlier, mask=inside)
+            tl.store(dgates + block.to(tl.int64) * rows_of_all + first + rows * H, earlier, mask=inside)
             ds *= pair_decay(high, low, visible)
             acc += tl.dot(tl.trans(ds.to(q.dtype.element_ty)), qs, input_precision=PRECISION) * scale
         else:

@@ -255,10 +255,10 @@ def running_sums(g: Tensor, table: ChunkTable, batch: int) -> Tensor:
     """Return float64 `[B, T, H]`: each token's sum of gates `[H]` or `[B, T, H]` from its chunk's first token on."""
     wide = g.double().clamp(min=WEAKEST)
     tokens = int(table.count.sum()) if g.dim() == 1 else g.shape[1]
-    chunk_of = torch.repeat_interleave(table.count.long(), output_size=tokens)
-    begin = table.begin[chunk_of]
+    chunk = torch.repeat_interleave(table.count.long(), output_size=tokens)
+    place = torch.arange(tokens, device=g.device) - table.begin[chunk]
     if g.dim() == 1:
-        steps = torch.arange(tokens, device=g.device) - begin + 1
-        return (steps[:, None] * wide).expand(batch, tokens, *g.shape).contiguous()
-    sums = wide.cumsum(1)
-    return sums - torch.where((begin > 0)[:, None], sums[:, (begin - 1).clamp(min=0)], 0.0)
+        return ((place[:, None] + 1) * wide).expand(batch, tokens, *g.shape).contiguous()
+    # Chunk by chunk: as differences of sums over the whole sequence they would lose digits to all gates before them.
+    rows = (table.begin[:, None] + torch.arange(table.size, device=g.device)).clamp(max=tokens - 1)
+    return wide[:, rows].cumsum(2)[:, chunk, place]

@@ -68,9 +68,9 @@ def scan_backward_kernel(
         if dtransitions is not None:
             share = tl.sum(grad * load_state(states + at * K * V, keys, values, K, V), axis=1)
             if M == 1:
-                tl.store(dtransitions + part * rows_of_all + at, tl.sum(share, axis=0))
+                tl.store(dtransitions + part.to(tl.int64) * rows_of_all + at, tl.sum(share, axis=0))
             else:
-                tl.store(dtransitions + (part % value_blocks * rows_of_all + at) * K + keys, share, mask=keys < K)
+                tl.store(dtransitions + ((part % value_blocks).to(tl.int64) * rows_of_all + at) * K + keys, share, mask=keys < K)
         decay = tl.load(transitions + at * M + keys % M, mask=keys < K, other=0.0)
         grad = decay[:, None] * grad + load_state(dstates + at * K * V, keys, values, K, V)
     if dinitial is not None:
