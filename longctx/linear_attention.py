@@ -4,6 +4,7 @@ The kernel says what each segment of this rank does to a state, state passing br
 kernel finishes. What `attention.py` is for softmax, with states for K/V: their bytes do not grow with the sequence.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,8 @@ class ContextParallelLinearAttention:
             device: of the tokens.
         """
         rank = self.transport.rank
+        if bounds is not None:  # what the caller does with its lists later is no concern of the plan
+            bounds = tuple(tuple(operator.index(bound) for bound in row) for row in bounds)
         return StatePlan(
             layout=self.layout,
             rank=rank,
@@ -138,7 +141,10 @@ class ContextParallelLinearAttention:
 
         The backward exchanges gradients of states: every rank's loss must depend on its `out`, or the others wait.
         """
-        self._check(q, plan)
+        self._check_plan(plan)
+        if q.dim() != 4 or q.shape[1] != plan.cuts.tokens:
+            raise ValueError(f"q must be [B, T, H, K] with T = {plan.cuts.tokens}, as planned; given {tuple(q.shape)}")
+        self._check_rows(plan, q.shape[0])
         request = linear_request(q, k, v, g=g, beta=beta, chunk_size=chunk_size)
         check_initial_state(initial_state, q=q, v=v)
         kernel = resolve_kernel(self.kernel, request)
@@ -181,21 +187,28 @@ class ContextParallelLinearAttention:
         Returns:
             `[B, T, C]`. The gradient of `weight` is this rank's share.
         """
+        self._check_plan(plan)
+        if x.dim() != 3 or x.shape[1] != plan.cuts.tokens or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
+            raise ValueError(
+                f"x must be [B, T, C] with T = {plan.cuts.tokens}, as planned, and weight [C, k]; given "
+                f"{tuple(x.shape)} and {tuple(weight.shape)}"
+            )
+        self._check_rows(plan, x.shape[0])
         reach = weight.shape[1] - 1
         extended = extend(x, layout=self.layout, total=plan.total, transport=self.transport, reach=reach)
         return short_conv(extended, weight, lengths=plan.cuts.lengths, documents=plan.extended_documents(reach))
 
-    def _check(self, q: Tensor, plan: StatePlan) -> None:
+    def _check_plan(self, plan: StatePlan) -> None:
         if (plan.layout, plan.rank) != (self.layout, self.transport.rank):
             raise ValueError(
                 f"the plan is rank {plan.rank}'s for {plan.layout}; this is rank {self.transport.rank} with "
                 f"{self.layout}: make it with this object's `plan`"
             )
-        if q.dim() != 4 or q.shape[1] != plan.cuts.tokens:
-            raise ValueError(f"q must be [B, T, H, K] with T = {plan.cuts.tokens}, as planned; given {tuple(q.shape)}")
+
+    def _check_rows(self, plan: StatePlan, batch: int) -> None:
         rows = 1 if plan.bounds is None else len(plan.bounds)
-        if rows not in (1, q.shape[0]):
-            raise ValueError(f"need one cu_seqlens or one per row; given {rows} for a batch of {q.shape[0]}")
+        if rows not in (1, batch):
+            raise ValueError(f"need one cu_seqlens or one per row; given {rows} for a batch of {batch}")
 
 
 class _Anchored(torch.autograd.Function):

@@ -216,6 +216,7 @@ def _mixer(config: ModelConfig, layers: Layers, index: int) -> SelfAttention | L
         dim=config.dim,
         layer=index,
         num_layers=config.num_layers,
+        first=kind not in layers.kinds[:index],
         norm_eps=config.norm_eps,
     )
 

@@ -19,12 +19,14 @@ from longctx.linear_attention import ContextParallelLinearAttention, StatePlan
 from longctx.mixers.layers import Layers
 from longctx.mixers.pattern import describe_layers
 from longctx.mixers.place import Place
+from longctx.mixers.shape import linear_shape
 from longctx.model import ModelConfig
 from longctx.parallel.balance import visible_pairs
 from longctx.parallel.layout import Layout
 from longctx.parallel.plan import Plan
 from longctx.parallel.relayout import relayout
 from longctx.parallel.state_passing import resolve_passing
+from longctx.parallel.states.stream import Pipelined
 from longctx.parallel.transport import Transport
 from longctx.stack_traffic import StackShape, choose_state_layout
 
@@ -149,11 +151,27 @@ class Stack:
 def stack_shape(
     config: AttentionConfig, *, layers: Layers, model: ModelConfig, cp: int, total: int, dtype: torch.dtype
 ) -> StackShape:
-    """Return what the traffic of a stack depends on."""
+    """Return what the traffic of a stack depends on.
+
+    Raises:
+        ValueError: states that are to be cut into more blocks than they have columns.
+    """
+    shapes = [
+        linear_shape(layers, each, heads=model.num_heads, head_dim=model.head_size) for each in layers.linear_kinds
+    ]
+    columns = [values for shape in shapes for _, values in shape.recurrences]
+    splits = config.state_splits
+    if splits is not None and columns and splits > min(columns):
+        raise ValueError(
+            f"attention.state_splits={splits} cuts states into more blocks than they have columns: at most "
+            f"{min(columns)} (the smallest head_dim of values); lower it"
+        )
+    if splits is None and config.state_passing == "pipelined":
+        splits = min([Pipelined.splits, *columns])
     return StackShape(
         layers=layers,
         softmax_layout=config.make_layout(cp),
-        passing=resolve_passing(config.state_passing, splits=config.state_splits),
+        passing=resolve_passing(config.state_passing, splits=splits),
         total=total,
         dim=model.dim,
         heads=model.num_heads,

@@ -22,8 +22,8 @@ def resolve_kernel(name: str, request: LinearRequest) -> LinearKernel:
     reason = kernel.unsupported(request)
     if reason is not None:
         raise ValueError(
-            f"kernel {kernel.name} cannot serve this linear attention: {reason}. kernel=torch serves every kind on any "
-            "device, with chunks of its own choice; auto takes triton where it can"
+            f"kernel {kernel.name} cannot serve this linear attention: {reason}. kernel=torch with chunk_size null "
+            "serves every kind on any device; auto takes triton where it can"
         )
     return kernel
 
@@ -68,6 +68,8 @@ def linear_request(
         )
     if g is not None and g.dtype != state_dtype(q):
         raise ValueError(f"g must be {state_dtype(q)}, since decays are never 16-bit; given {g.dtype}")
+    if g is not None and g.device.type == "cpu" and bool((g.detach() > 0).any()):  # on a GPU it would have to wait
+        raise ValueError(f"g are log decays and must be <= 0; given up to {g.max().item():.3g}")
     if beta is not None and beta.shape != q.shape[:3]:
         raise ValueError(f"beta must be [B, T, H] = {tuple(q.shape[:3])}; given {tuple(beta.shape)}")
     if beta is not None and beta.dtype not in (q.dtype, state_dtype(q)):

@@ -57,7 +57,7 @@ class MixerConfig:
         features: random features of `performer`; null = twice the head_dim.
         feature_seed: of `performer`; null = 0.
         redraw_every: optimizer steps between which `performer` keeps its features; null = for ever.
-        rope: of q and k then: `none`, in `all` layers, or in the stack's `first` layer only (TransNormerLLM).
+        rope: of q and k then: `none`, in `all` layers, or in the `first` one of this kind (TransNormerLLM).
         decay: a name of `mixers/transition.py`.
         rule: `sum` or `delta`.
         norm: of each head's output: `none`, `rms`, `simple_rms` (without weight) or `layer`.

@@ -83,6 +83,9 @@ class Layers:
             max_positions=self.max_positions,
         )
 
+    def _feature_map(self, kind: str, heads: int, head_dim: int) -> FeatureMap:
+        return self.sizes(kind, heads=heads, head_dim=head_dim).feature_map(self.mixers.linear_kind(kind))
+
     def arithmetic(self, heads: int, head_dim: int) -> dict[str, object]:
         """Return what decides what the layers compute, by config key; a checkpoint has the same.
 
@@ -93,6 +96,10 @@ class Layers:
             return {"attention.layers": None}
         for kind in (kind for kind in settings if kind in LINEAR_KINDS):
             settings[kind] |= dataclasses.asdict(self.sizes(kind, heads=heads, head_dim=head_dim))
+            if settings[kind]["feature_map"] == "performer":
+                width = settings[kind]["head_dim"]
+                settings[kind]["features"] = self._feature_map(kind, heads, head_dim).features(width)
+                settings[kind]["feature_seed"] = settings[kind]["feature_seed"] or 0
             for key in ("kernel", "chunk_size", "max_positions"):  # the same numbers, or compared elsewhere
                 del settings[kind][key]
         found: dict[str, object] = {"attention.layers": describe_layers(self.kinds)}

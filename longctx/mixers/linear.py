@@ -27,9 +27,10 @@ class LinearMixer(nn.Module):
         dim: int,
         layer: int,
         num_layers: int,
+        first: bool,
         norm_eps: float,
     ) -> None:
-        """Build layer `layer` of `num_layers`, counted from 0, of a model of width `dim`."""
+        """Build layer `layer` of `num_layers`, counted from 0, the first of its kind or not, of width `dim`."""
         super().__init__()
         self.settings, self.sizes = settings, sizes
         keys, values = sizes.heads * sizes.head_dim, sizes.heads * sizes.v_head_dim
@@ -50,7 +51,7 @@ class LinearMixer(nn.Module):
             num_layers=num_layers,
         )
         self.norm = head_norm(settings.norm, sizes.v_head_dim, eps=norm_eps)
-        self.rotates = settings.rope == "all" or (settings.rope == "first" and layer == 0)
+        self.rotates = settings.rope == "all" or (settings.rope == "first" and first)
 
     @property
     def rope_dim(self) -> int | None:

@@ -236,3 +236,23 @@ def test_autocast_changes_nothing():
         parts = run_ranks(1, lambda t: sharded(t, Layout("zigzag", 1), problem, passing="ring", kernel="torch"))[0]
     for name, expected in want.items():
         assert torch.equal(got[name], expected) and torch.equal(parts[name], expected), name
+
+
+def test_a_plan_of_another_rank_or_layout_is_refused_and_bounds_are_kept():
+    layout = Layout("contiguous", 1)
+    attention = ContextParallelLinearAttention(layout=layout, passing=resolve_passing("ring"), transport=Alone())
+    other = ContextParallelLinearAttention(
+        layout=Layout("zigzag", 1), passing=resolve_passing("ring"), transport=Alone()
+    )
+    x, weight, device = torch.randn(1, 8, 2), torch.randn(2, 3), torch.device("cpu")
+    with pytest.raises(ValueError, match="make it with this object's `plan`"):
+        attention.convolve(x, weight, plan=other.plan(None, total=8, device=device))
+    with pytest.raises(ValueError, match="T = 9"):
+        attention.convolve(x, weight, plan=attention.plan(None, total=9, device=device))
+    row = [0, 3, 8]
+    plan = attention.plan([row], total=8, device=device)
+    want = attention.convolve(x, weight, plan=attention.plan([(0, 3, 8)], total=8, device=device))
+    row[1] = 5
+    assert torch.equal(attention.convolve(x, weight, plan=plan), want)
+    with pytest.raises(ValueError, match="must be <= 0"):
+        attention(*torch.randn(3, 1, 8, 1, 2), g=torch.ones(1), plan=plan)
