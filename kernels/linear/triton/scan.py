@@ -70,7 +70,8 @@ def scan_backward_kernel(
             if M == 1:
                 tl.store(dtransitions + part.to(tl.int64) * rows_of_all + at, tl.sum(share, axis=0))
             else:
-                tl.store(dtransitions + ((part % value_blocks).to(tl.int64) * rows_of_all + at) * K + keys, share, mask=keys < K)
+                share_at = (part % value_blocks).to(tl.int64) * rows_of_all + at
+                tl.store(dtransitions + share_at * K + keys, share, mask=keys < K)
         decay = tl.load(transitions + at * M + keys % M, mask=keys < K, other=0.0)
         grad = decay[:, None] * grad + load_state(dstates + at * K * V, keys, values, K, V)
     if dinitial is not None:
