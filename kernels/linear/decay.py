@@ -15,22 +15,21 @@ class Decayed:
 
     Attributes:
         products: of each of the rows with the keys, `[B, N, H, C, C]`, lower triangular.
-        entering: `[B, N, H, C, 1 or K]`, of the state that enters, up to each token.
-        leaving: `[B, N, H, C, 1 or K]`, from each token to the end of the chunk.
+        entering: `[B, N, H, C, 1 or K]`, of the state that enters, up to each token; None = it does not.
+        leaving: `[B, N, H, C, 1 or K]`, from each token to the end of the chunk; None = nothing does.
         across: `[B, N, H, 1 or K, 1]`, of a whole chunk.
     """
 
     products: list[Tensor]
-    entering: Tensor
-    leaving: Tensor
+    entering: Tensor | None
+    leaving: Tensor | None
     across: Tensor
 
 
 def undecayed(k: Tensor, rows: tuple[Tensor, ...]) -> Decayed:
     """Return keys' and rows' `[B, N, H, C, K]` products if nothing decays."""
-    size, one = k.shape[-2], k.new_ones(1, 1, 1, 1, 1)
-    lower = k.new_ones(size, size).tril()
-    return Decayed([(row @ k.mT).mul_(lower) for row in rows], one, one, one)
+    lower = k.new_ones(k.shape[-2], k.shape[-2]).tril()
+    return Decayed([(row @ k.mT).mul_(lower) for row in rows], None, None, k.new_ones(1, 1, 1, 1, 1))
 
 
 def fixed(g: Tensor, k: Tensor, rows: tuple[Tensor, ...], *, tokens: Tensor | None) -> Decayed:

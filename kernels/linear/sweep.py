@@ -155,9 +155,7 @@ class Sweep(torch.autograd.Function):
                 state, reach = initial[:, those], None if unit is None else unit[:, those]
             entered += [state, reach]
             step = _step(task, block, task.inputs(whole, block), state, reach)
-            part = step.terms.scores @ step.terms.values
-            part += step.terms.queries @ step.before
-            torch.mul(part.transpose(2, 3), task.scale, out=out[:, here])
+            torch.mul(_outputs(step).transpose(2, 3), task.scale, out=out[:, here])
             state, reach = step.after, step.reach
             if queries is not None and step.further is not None:
                 torch.mul(step.further.transpose(2, 3), task.scale, out=queries[:, here])
@@ -196,7 +194,7 @@ class Sweep(torch.autograd.Function):
                 step = _step(task, block, Inputs(*leaves), state, reach)
             cotangents = [(step.after, dstate), (step.reach, dreach)]
             if dout is not None:
-                cotangents += _of_out(step, task.part(dout, block).mul(task.scale))
+                cotangents += _gradients_of_factors(step, task.part(dout, block).mul(task.scale))
             if dqueries is not None:
                 cotangents.append((step.further, task.part(dqueries, block).mul(task.scale)))
             dstate, dreach, *found = _gradients(cotangents, [state, reach, *leaves])
@@ -215,7 +213,14 @@ def _leaf(x: Tensor | None, need: bool) -> Any:
     return x if x is None else x.detach().requires_grad_(need)
 
 
-def _of_out(step: _Step, dout: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
+def _outputs(step: _Step) -> Tensor:
+    """Return `scores values + queries before`."""
+    made = step.terms
+    scores, values, queries, before = (x.flatten(0, 2) for x in (made.scores, made.values, made.queries, step.before))
+    return torch.bmm(scores, values).baddbmm_(queries, before).view_as(made.values)
+
+
+def _gradients_of_factors(step: _Step, dout: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
     """Return the gradients of the factors of `out = scores values + queries before`, which itself nobody needs."""
     made = step.terms
     with torch.no_grad():

@@ -55,19 +55,26 @@ def terms(q: Tensor, k: Tensor, v: Tensor, *, decayed: Decayed, beta: Tensor | N
         beta: None or `[B, N, H, C, 1]`.
         sight: where documents meet; None = all tokens are of one.
     """
-    products, entering, leaving, across = decayed.products, decayed.entering, decayed.leaving, decayed.across
+    products, entering, leaving, across = decayed.products, [decayed.entering], [decayed.leaving], decayed.across
     if sight is not None:
-        entering, leaving, across = entering * sight.entering, leaving * sight.leaving, across * sight.across
+        entering, leaving, across = [*entering, sight.entering], [*leaving, sight.leaving], across * sight.across
         products = [product * sight.pairs for product in products]
     transition = across.expand(*k.shape[:3], *across.shape[3:])
-    queries, left = q * entering, k * leaving
+    queries, left = _times(q, entering), _times(k, leaving)
     if beta is None:
         return Terms(products[0], v, queries, transition, left.mT @ v)
     scores, keys = products
-    wanted = torch.cat([beta * v, beta * entering * k], dim=-1)
+    wanted = torch.cat([beta * v, beta * _times(k, entering)], dim=-1)
     values, read = _Solve.apply(beta * keys, wanted).split([v.shape[-1], k.shape[-1]], dim=-1)
     decays = torch.diag_embed(transition[..., 0].expand(*k.shape[:3], k.shape[-1]))
     return Terms(scores, values, queries - scores @ read, decays - left.mT @ read, left.mT @ values)
+
+
+def _times(x: Tensor, decays: list[Tensor | None]) -> Tensor:
+    """Return x times those that there are."""
+    for decay in decays:
+        x = x if decay is None else x * decay
+    return x
 
 
 class _Solve(torch.autograd.Function):
