@@ -41,7 +41,7 @@ def fixed(g: Tensor, k: Tensor, rows: tuple[Tensor, ...], *, tokens: Tensor | No
     size = k.shape[-2]
     place = torch.arange(size, device=g.device)
     count = (place[-1:] + 1 if tokens is None else tokens)[:, None, None]  # [N, 1, 1]
-    g = g[:, None]  # [H, 1]
+    g = g.clamp(min=-1e6)[:, None]  # [H, 1]; -inf times no tokens would be NaN
     within = Factors.apply(g[..., None] * (place[:, None] - place).clamp(min=0)).tril()
     return Decayed(
         [row @ k.mT * within for row in rows],

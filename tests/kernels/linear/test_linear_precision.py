@@ -1,5 +1,6 @@
 """The torch kernel in 16 and 32 bits, and in float32 cut into segments, as the ranks of a group have them."""
 
+import math
 from itertools import product
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from longctx.kernels.linear.affine import Affine
 from longctx.kernels.linear.contract import Cuts
+from longctx.kernels.linear.op import linear_attention
 from longctx.kernels.linear.reference import Reference
 from longctx.kernels.linear.torch_kernel import TorchKernel
 from tests.kernels.linear.linear_cases import GATES, Problem, everything, problem
@@ -82,3 +84,14 @@ def test_eight_segments_are_as_exact_as_one(gate: str, delta: bool) -> None:
         del eight["g"]
     for name, error in eight.items():
         assert error <= 1.1 * one[name], f"{name}: {error:.3e} in eight segments, {one[name]:.3e} in one"
+
+
+def test_a_head_that_forgets_everything_at_once():
+    """A fixed gate of -inf keeps nothing but the token itself, and has no gradient."""
+    q, k, v = torch.randn(3, 1, 9, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    g = torch.tensor([-math.inf, -0.1], dtype=torch.float64, requires_grad=True)
+    out, _ = linear_attention(q, k, v, g=g, chunk_size=4, kernel="torch")
+    want, _ = linear_attention(q, k, v, g=g, kernel="reference")
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
+    out.sum().backward()
+    assert g.grad[0] == 0 and g.grad[1] != 0
