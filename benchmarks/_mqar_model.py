@@ -33,7 +33,6 @@ MIXERS = {
     "gdn_3_1": "gdn*3 + full",
 }
 TAPS = 3
-STD = 0.05  # of the first weights
 # Decays that are learned begin at this much per token: of many heads' random ones some would remember, one head must.
 DECAY = 0.01
 DECAY_WEIGHTS = {
@@ -54,7 +53,7 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, *, rope: None, place: Place) -> Tensor:
         """Return `[B, T, C]`."""
-        return self.o_proj(place.convolve(self.x_proj(x), self.conv_weight) * self.g_proj(x))
+        return self.o_proj(place.convolve(self.x_proj(x), self.conv_weight) * self.g_proj(x).sigmoid())
 
 
 class Model(nn.Module):
@@ -63,7 +62,9 @@ class Model(nn.Module):
     def __init__(self, mixer: str, *, vocabulary: int, width: int, seed: int) -> None:
         super().__init__()
         layers = Layers(kinds=parse_round(MIXERS[mixer]), mixers=NOPE)
-        config = ModelConfig(dim=width, num_layers=1 + len(layers.kinds), num_heads=1, num_kv_heads=1, init_std=STD)
+        config = ModelConfig(
+            dim=width, num_layers=1 + len(layers.kinds), num_heads=1, num_kv_heads=1, init_std=width**-0.5
+        )
         self.embedding = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList([Convolution(width), *_mixers(layers, config)])
         self.norms = nn.ModuleList(RMSNorm(width, eps=config.norm_eps) for _ in self.layers)
@@ -91,6 +92,7 @@ def _mixers(layers: Layers, config: ModelConfig) -> list[nn.Module]:
             dim=config.dim,
             layer=index,
             num_layers=len(layers.kinds),
+            first=kind not in layers.kinds[:index],
             norm_eps=config.norm_eps,
         )
         if kind in LINEAR_KINDS

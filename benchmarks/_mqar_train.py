@@ -29,7 +29,7 @@ class Recipe:
     """
 
     width: int = 64
-    steps: int = 1000
+    steps: int = 1500
     every: int = 100
     batch: int = 64
     sequences: int = 20_000
