@@ -13,6 +13,7 @@ Every `torch.empty` in a worker is full of NaN: what a kernel does not write sho
 
 import os
 import pickle
+import runpy
 import struct
 import subprocess
 import sys
@@ -100,10 +101,9 @@ def _serve() -> None:
     import traceback
 
     import torch
-    from worker import make_tests_importable  # beside this script, whose folder comes first on the path
 
-    sys.path.pop(0)
-    make_tests_importable()
+    sys.path[:] = [folder for folder in sys.path if Path(folder) != Path(__file__).parent]
+    runpy.run_path(str(Path(__file__).with_name("worker.py")))["make_tests_importable"]()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a task prints goes to stderr
     torch.set_num_threads(1)
