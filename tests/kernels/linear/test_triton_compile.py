@@ -42,7 +42,7 @@ def test_compiles(compiler: Worker, configuration: Configuration) -> None:
     assert not wrong
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("configuration", EVERYTHING, ids=str)
 def test_all_compiles(compiler: Worker, configuration: Configuration) -> None:
