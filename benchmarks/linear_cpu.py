@@ -10,8 +10,8 @@ which fails the run (exit status 1) if the answer is no:
 lengths   is lightning as fast, in tokens per second, at the longest sequence as at 8K tokens, within 15%? Softmax
           attention beside it, up to the length that takes --patience seconds, shows where the two cross. Peak memory:
           the most bytes of tensors alive at once beyond q, k, v and dout.
-ranks     do two ranks with contiguous shards take at most 1 / 1.7 of the time of one? Only asked where every rank has
-          a core of its own.
+ranks     do two ranks with contiguous shards take at most 1 / 1.7 of the time of one? Only asked from 64K tokens on
+          and where every rank has a core of its own.
 bytes     does a rank send as many bytes of states at 16 times the length, and what the formula of its method says?
 kinds     is every kind in chunks at least 20 times as fast as token by token, and not slower than the plain torch code
           of flash-linear-attention, where that can be imported? Only asked at 16K tokens. The results are compared
@@ -21,6 +21,7 @@ JSON and PNG go to --out.
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -88,34 +89,54 @@ def seconds(make: Make | None, rounds: int) -> float:
 
 
 def measure_lengths(options: argparse.Namespace) -> list[Row]:
-    """Time lightning and softmax attention from 256 tokens on, alone."""
+    """Time lightning and softmax attention from 256 tokens on, alone.
+
+    Lightning takes a round of all lengths after the other, so that what else the machine does meets every length.
+    """
+    lengths = [256 * 2**power for power in range(int(math.log2(4 * options.longest)) + 1)]
+    times: list[list[float]] = [[] for _ in lengths]
+    for _ in range(options.rounds + 1):
+        for tokens, own in zip(lengths, times, strict=True):
+            inputs = make_inputs("lightning", tokens, options.heads, options.head_dim)
+            own.append(sum(timed(partial(LinearPass, alone("torch"), inputs))))
     rows, patient = [], True
-    tokens = 256
-    while tokens <= options.longest * 1024:
+    for tokens, own in zip(lengths, times, strict=True):
         inputs = make_inputs("lightning", tokens, options.heads, options.head_dim)
-        lightning = partial(LinearPass, alone("torch"), inputs)
-        row = {"tokens": tokens, "lightning_s": seconds(lightning, options.rounds)}
-        row["peak_bytes"] = peak_bytes(lightning)
+        row = {"tokens": tokens, "lightning_s": statistics.median(own[1:])}
+        row["peak_bytes"] = peak_bytes(partial(LinearPass, alone("torch"), inputs))
         if patient:
             row["softmax_s"] = seconds(partial(softmax, inputs), options.rounds if tokens <= 8192 else 1)
             patient = 4 * row["softmax_s"] <= options.patience
         rows.append(row)
-        tokens *= 2
     return rows
 
 
 def measure_ranks(options: argparse.Namespace) -> list[Row]:
-    """Time lightning on one of the ranks, the others waiting, and on all of them, with every state passing."""
+    """Time lightning on one of the ranks, the others waiting, and on all of them, with every state passing.
+
+    And `apart`: every rank its share as if it were a sequence of its own, which is all that the machine has to give.
+    Rounds of all of them, one after the other.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     rows = []
     for tokens in (1024 * each for each in options.shared):
         whole = make_inputs("lightning", tokens, options.heads, options.head_dim)
-        one = seconds(partial(LinearPass, alone("torch"), whole) if rank == 0 else None, options.rounds)
-        for passing in PASSINGS:
-            attention = attention_over(passing)
-            op = shared(attention, attention.plan(None, total=tokens, device=torch.device("cpu")))
-            many = seconds(partial(LinearPass, op, whole.shard(attention.layout, rank)), options.rounds)
-            rows.append({"tokens": tokens, "passing": passing, "ranks": ranks, "one_s": one, "ranks_s": many})
+        attentions = {passing: attention_over(passing) for passing in PASSINGS}
+        mine = whole.shard(Layout("contiguous", ranks), rank)
+        makes: dict[str, Make | None] = {"one": partial(LinearPass, alone("torch"), whole) if rank == 0 else None}
+        makes["apart"] = partial(LinearPass, alone("torch"), mine)
+        for passing, attention in attentions.items():
+            plan = attention.plan(None, total=tokens, device=torch.device("cpu"))
+            makes[passing] = partial(LinearPass, shared(attention, plan), mine)
+        times = {name: [sum(timed(make))] for name, make in makes.items()}
+        for _ in range(2 * options.rounds):
+            for name, make in makes.items():
+                times[name].append(sum(timed(make)))
+        took = {name: statistics.median(each[1:]) for name, each in times.items()}
+        for name in ("apart", *PASSINGS):
+            rows.append(
+                {"tokens": tokens, "passing": name, "ranks": ranks, "one_s": took["one"], "ranks_s": took[name]}
+            )
     return rows
 
 

@@ -12,6 +12,7 @@ from longctx.kernels.linear.chunks import chunks_of
 from longctx.kernels.linear.contract import Cuts, LinearRequest, gate_of, state_dtype
 from longctx.kernels.linear.read import Read
 from longctx.kernels.linear.sight import Documents
+from longctx.kernels.linear.summary import decayed_summary
 from longctx.kernels.linear.sweep import Inputs, Sweep, Task
 
 CHUNK = 64
@@ -62,6 +63,7 @@ class TorchWork:
         chunk_size: int | None,
     ) -> None:
         gate = gate_of(g)
+        self._tokens, self._cuts = (k, v, g), cuts
         self._chunks = chunks = chunks_of(cuts, chunk_size or CHUNK, power_of_two=gate in PER_TOKEN)
         self._task = Task(
             gate=gate,
@@ -83,7 +85,14 @@ class TorchWork:
         self._from_nothing: tuple[Tensor, Tensor, Affine] | None = None
 
     def summary(self) -> Affine:
-        """Return the maps of the segments; their outputs from nothing are computed on the way, and kept."""
+        """Return the maps of the segments.
+
+        With the delta rule they take most of what outputs take: outputs from nothing are computed on the way, and kept.
+        """
+        if self._inputs.beta is None:
+            summary, k, v = decayed_summary(*self._tokens, cuts=self._cuts, dtype=self._task.dtype)
+            self._inputs = self._inputs._replace(k=self._chunks.split(k), v=self._chunks.split(v))
+            return summary
         if self._from_nothing is None:
             out, state, queries, transition = self._sweep(None, unit=self._unit())
             self._from_nothing = (out, queries, Affine(transition, state))
@@ -108,9 +117,5 @@ class TorchWork:
     def _unit(self) -> Tensor:
         """Return the identity as transition of the segments."""
         batch, segments, heads, size, _ = self._states
-        q = self._inputs.q
-        if self._inputs.beta is not None:
-            one = torch.eye(size, dtype=self._task.dtype, device=q.device)
-        else:
-            one = torch.ones(size if self._task.gate == "diagonal" else 1, 1, dtype=self._task.dtype, device=q.device)
-        return one.expand(batch, segments, heads, *one.shape)
+        one = torch.eye(size, dtype=self._task.dtype, device=self._inputs.q.device)
+        return one.expand(batch, segments, heads, size, size)

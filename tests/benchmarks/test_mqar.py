@@ -120,13 +120,19 @@ def test_misses_and_leaks_are_told() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_mixers_recall_in_the_order_of_what_they_can_store() -> None:
-    """A small size and few steps: the window stays at its reach, elu+1 gets further, the others know it all."""
-    task, recipe = Task(48, 6, 64), Recipe(steps=400)
-    mixers = ("softmax", "window", "linear", "lightning", "deltanet", "gdn")
-    found = {mixer: train(mixer, task, recipe, seed=0, transport=Alone())[-1]["accuracy"] for mixer in mixers}
-    reach = reach_bound(*task.draw(recipe.test, seed=1), pairs=task.pairs, window=window(task.tokens), taps=TAPS)
-    assert reach - 0.05 < found["window"] < reach + 0.05, (reach, found)
-    assert found["window"] + 0.2 < found["linear"], found
-    assert all(found[mixer] > found["linear"] + 0.03 for mixer in ("softmax", "lightning", "deltanet", "gdn")), found
-    assert all(found[mixer] > 0.98 for mixer in ("softmax", "deltanet", "gdn")), found
+def test_mixers_recall_what_they_see_and_can_store() -> None:
+    """The window stays at its reach; of 12 pairs in states of width 32 elu+1 mixes some up, the others hardly any."""
+    easy, hard = Task(48, 6, 64), Task(48, 12, 64)
+    seen = reached("window", easy, Recipe(steps=400))
+    reach = reach_bound(*easy.draw(Recipe.test, seed=1), pairs=easy.pairs, window=window(easy.tokens), taps=TAPS)
+    assert reach - 0.05 < seen < reach + 0.05
+    assert reached("gdn", easy, Recipe(steps=400)) > 0.97
+    narrow = Recipe(steps=400, width=32)
+    found = {mixer: reached(mixer, hard, narrow) for mixer in ("softmax", "linear", "lightning", "deltanet")}
+    assert seen + 0.1 < found["linear"] < 0.9, found
+    assert all(found[mixer] > 0.97 for mixer in ("softmax", "lightning", "deltanet")), found
+
+
+def reached(mixer: str, task: Task, recipe: Recipe) -> float:
+    """Return the test accuracy at the end of a run."""
+    return train(mixer, task, recipe, seed=0, transport=Alone())[-1]["accuracy"]

@@ -2,6 +2,8 @@
 
 The budget is the error of plain torch in the same dtype: for float32 the chunks of `TorchKernel`; for 16 bits the
 recurrence with states in float32, and everything that is multiplied, and what comes of it, in the dtype of the inputs.
+Identical keys with beta = 1 are worse than that in chunks: what the recurrence keeps small from token to token is there
+a difference of sums over the chunk, which 16 bits round before it is taken. Such a case has a `slack` of its own.
 Everything that kernels are to write is full of NaN at first (`triton_worker`).
 """
 
@@ -16,11 +18,12 @@ from longctx.kernels.linear.contract import Cuts
 from longctx.kernels.linear.reference import Reference
 from longctx.kernels.linear.torch_kernel import TorchKernel
 from longctx.kernels.linear.triton_kernel import TritonKernel
-from tests.support.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_within_budget
+from tests.support.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within, max_error
 from tests.support.triton_worker import Worker, interpreter
 
 __all__ = ["interpreter"]  # a fixture
 GATES = ("none", "fixed", "scalar", "diagonal")
+DRAWS = 6  # of a problem, which show plain torch's error
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Case:
     gates: tuple[float, ...] = (-0.1,)
     initial: bool = True
     same_keys: bool = False
+    slack: float = 1.0
 
     def __str__(self) -> str:
         """Return what differs between cases."""
@@ -168,17 +172,22 @@ def everything(
 
 def compare(case: Case, parts: tuple[str, ...], device: str = "cpu") -> None:
     """Compare the kernels on a device with the recurrence on the CPU."""
-    x = case.tensors()
-    wide = {name: tensor.double() for name, tensor in x.items()}
-    there = {name: tensor.to(device) for name, tensor in x.items()}
+    given = [case.tensors() for _ in range(DRAWS)]
+    there = {name: tensor.to(device) for name, tensor in given[0].items()}
     ours = everything(lambda y: results(TritonKernel(), case, y), there, parts)
-    exact = everything(lambda y: results(Reference(), case, y), wide, parts)
-    plain = everything(lambda y: plainly(case, y), x, parts)
-    assert ours.keys() >= exact.keys()
-    assert all(ours[name].eq(0).all() for name in ours.keys() - exact.keys()), "q has no part in the summary"
-    for name in exact:
-        factor = OUTPUT_FACTOR if name in parts else GRADIENT_FACTOR
-        assert_within_budget(ours[name].cpu(), plain[name], exact[name], factor=factor, name=name)
+    exact = [everything(lambda y: results(Reference(), case, y), to_double(x), parts) for x in given]
+    plain = [everything(lambda y: plainly(case, y), x, parts) for x in given]
+    assert ours.keys() >= exact[0].keys()
+    assert all(ours[name].eq(0).all() for name in ours.keys() - exact[0].keys()), "q has no part in the summary"
+    for name, true in exact[0].items():
+        factor = (OUTPUT_FACTOR if name in parts else GRADIENT_FACTOR) * case.slack
+        torch_error = max(max_error(x[name], y[name]) for x, y in zip(plain, exact, strict=True))
+        assert_error_within(max_error(ours[name].cpu(), true), torch_error, factor=factor, name=name)
+
+
+def to_double(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same numbers in float64."""
+    return {name: tensor.double() for name, tensor in x.items()}
 
 
 PACKED = ((5, 12, 1, 8), (15, 11))
@@ -193,8 +202,8 @@ EXTREME = [
     *(Case(gate, dtype, gates=MIXED) for gate in ("scalar", "diagonal") for dtype in (torch.float32, torch.bfloat16)),
     *(Case(gate, gates=(0.0,)) for gate in ("scalar", "diagonal")),
     Case("scalar", gates=(-20.0,)),
-    Case("none", torch.float16, lengths=(30,), same_keys=True),
-    Case("scalar", lengths=(7,), key_dim=3, value_dim=1, chunk_size=10),
+    Case("none", torch.float16, lengths=(30,), same_keys=True, slack=2.0),
+    Case("scalar", lengths=(7, 23), key_dim=3, value_dim=1, chunk_size=10),
     Case("diagonal", torch.bfloat16, lengths=(70, 30), key_dim=32, value_dim=32, chunk_size=64),
 ]
 
