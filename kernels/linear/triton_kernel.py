@@ -9,6 +9,7 @@ from longctx.kernels.linear.contract import Cuts, LinearRequest, LinearWork, gat
 from longctx.kernels.triton_common.tile_table import TileTable, arch_of
 
 MAX_HEAD_DIM = 256
+MAX_HEAD_DIM_OF_DELTA32 = 128  # above, its scans do not fit in registers
 MAX_CHUNK = 64
 
 
@@ -34,8 +35,10 @@ class TritonKernel:
             )
         if request.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"its matrix products are those of bfloat16, float16 and float32; given {request.dtype}"
-        if max(request.key_dim, request.value_dim) > MAX_HEAD_DIM:
-            return f"head dims go up to {MAX_HEAD_DIM}; given K = {request.key_dim}, V = {request.value_dim}"
+        narrow = request.delta and request.dtype == torch.float32
+        most, what = (MAX_HEAD_DIM_OF_DELTA32, " of the delta rule in float32") if narrow else (MAX_HEAD_DIM, "")
+        if max(request.key_dim, request.value_dim) > most:
+            return f"head dims{what} go up to {most}; given K = {request.key_dim}, V = {request.value_dim}"
         if request.chunk_size is not None and request.chunk_size > MAX_CHUNK:
             return f"chunks of more than {MAX_CHUNK} tokens do not fit; given chunk_size = {request.chunk_size}"
         return None

@@ -34,31 +34,31 @@ def _delta16(size: int) -> dict[str, Tile]:
 
 
 def _delta32(size: int) -> dict[str, Tile]:
-    """Tiles of the delta rule for 32-bit inputs."""
-    names = ("output", "scores", "factors", "factors_gradient", "solve_backward", "scores_backward")
-    diagonal = {"scores_diagonal": Tile(32, 32, 4, 1), "scores_backward_diagonal": Tile(16, 32, 4, 1)}
+    """Tiles of the delta rule for 32-bit inputs; with key dims above 128 scans do not fit in registers."""
+    tiles = _same(("output", "scores", "factors", "factors_gradient", "factors_gradient_wide"), Tile(32, 32, 4, 1))
+    tiles |= {"scores_diagonal": Tile(32, 32, 4, 1), "solve_backward": Tile(32, 32, 4, 1)}
+    tiles |= {"scores_backward": Tile(16, 32, 4, 1), "scores_backward_diagonal": Tile(16, 32, 4, 1)}
     scans = ("scan", "scan_wide", "scan_backward", "scan_backward_wide")
-    tiles = _same((*names, "factors_gradient_wide"), Tile(32, 32, 4, 1), **diagonal)
-    return {**tiles, **_same(scans, Tile(size, 16, 8 if size == 256 else 4, 1))}
+    return {**tiles, **_same(scans, Tile(size, 16, 8, 1))}
 
 
 _SCAN = {"scan": Tile(64, 64, 4, 1), "scan_backward": Tile(64, 64, 4, 1)}
+_PLAIN16 = _same(_PLAIN, Tile(64, 64, 4, 2), dq=Tile(32, 64, 4, 2))
+_PLAIN32 = _same(_PLAIN, Tile(32, 32, 4, 1))
+_DIAGONAL16 = _same(_PLAIN, Tile(32, 64, 4, 1), dk=Tile(16, 64, 4, 1))
+_DIAGONAL32 = _same(_PLAIN, Tile(32, 32, 8, 1), out=Tile(32, 32, 4, 1), dv=Tile(32, 32, 4, 1))
 _ENTRIES = {
-    ("plain", 16, 64): Entry(64, "ieee", {**_same(_PLAIN, Tile(64, 64, 4, 2)), **_SCAN}),
-    ("plain", 16, 128): Entry(64, "ieee", {**_same(_PLAIN, Tile(64, 64, 4, 2)), **_SCAN}),
-    ("plain", 16, 256): Entry(64, "ieee", {**_same(_PLAIN, Tile(64, 64, 4, 2)), **_SCAN}),
-    ("diagonal", 16, 64): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 64, 4, 1)), **_SCAN}),
-    ("diagonal", 16, 128): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 64, 4, 1)), **_SCAN}),
-    ("diagonal", 16, 256): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 64, 4, 1)), **_SCAN}),
-    ("diagonal", 32, 64): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 8, 1)), **_SCAN}),
-    ("diagonal", 32, 128): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 8, 1)), **_SCAN}),
-    ("diagonal", 32, 256): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 8, 1)), **_SCAN}),
-    ("plain", 32, 64): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN}),
-    ("plain", 32, 128): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN}),
-    ("plain", 32, 256): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN}),
-    # `bf16x3` is for what stays float32 with 16-bit inputs: inverses in chunks, and maps of segments.
+    **{("plain", 16, size): Entry(64, "ieee", {**_PLAIN16, **_SCAN}) for size in (64, 128, 256)},
+    **{("diagonal", 16, size): Entry(32, "ieee", {**_DIAGONAL16, **_SCAN}) for size in (64, 128, 256)},
+    **{("diagonal", 32, size): Entry(32, "ieee", {**_DIAGONAL32, **_SCAN}) for size in (64, 128, 256)},
+    **{
+        ("plain", 32, size): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN})
+        for size in (64, 128, 256)
+    },
+    # `bf16x3` is for what stays float32 with 16-bit inputs: inverses in chunks, and maps of segments. `tf32x3` keeps 22
+    # of float32's 24 digits on the matrix unit; without it, scans spill.
     **{("delta", 16, size): Entry(32, "bf16x3", _delta16(size)) for size in (64, 128, 256)},
-    **{("delta", 32, size): Entry(32, "ieee", _delta32(size)) for size in (64, 128, 256)},
+    **{("delta", 32, size): Entry(16, "tf32x3", _delta32(size)) for size in (64, 128)},
 }
 
 # Triton's interpreter does not know `bf16x3`.

@@ -119,6 +119,7 @@ def test_on_a_device(case: Case) -> None:
         ({"dtype": torch.float64}, "float64"),
         ({"key_dim": 257}, "256"),
         ({"chunk_size": 65}, "64"),
+        ({"delta": True, "dtype": torch.float32, "key_dim": 129}, "128"),
         ({"device_type": "cpu"}, "cpu"),
     ],
 )
