@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from _linear_passes import KINDS, Inputs, LinearPass, alone, make_inputs, peer, shared, softmax
 from _linear_report import draw, table, wrong
-from _ranks import WRONG, Make, cores, environment, peak_bytes, run, start_ranks, timed, write_report
+from _ranks import WRONG, Make, Pass, cores, environment, peak_bytes, run, start_ranks, timed, write_report
 
 from longctx.linear_attention import ContextParallelLinearAttention
 from longctx.parallel.layout import Layout
@@ -216,16 +216,20 @@ def side_by_side(makes: list[Make], rounds: int) -> list[float]:
 
 def compared(kind: str, ours: Make, make: Make) -> float:
     """Return the time of a pass, unless its results differ from ours."""
-    one, took = make(), time.perf_counter()
-    one.forward()
-    one.backward()
+    theirs, took = make(), time.perf_counter()
+    theirs.forward()
+    theirs.backward()
     took = time.perf_counter() - took
-    mine = run(ours)
-    for x, y in zip((mine.out, *mine.grads), (one.out, *one.grads), strict=True):
-        error = ((x - y).norm() / y.norm()).item()
+    compare(kind, run(ours), theirs)
+    return took
+
+
+def compare(kind: str, ours: Pass, theirs: Pass) -> None:
+    """Refuse to time what is wrong."""
+    for mine, other in zip((ours.out, *ours.grads), (theirs.out, *theirs.grads), strict=True):
+        error = ((mine - other).norm() / other.norm()).item()
         if not error <= WRONG["float32"]:
             raise RuntimeError(f"{kind}: results differ by {error:.1e}: not timed")
-    return took
 
 
 def attention_over(passing: str) -> ContextParallelLinearAttention:

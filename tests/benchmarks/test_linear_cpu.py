@@ -23,10 +23,10 @@ def test_kinds_are_told_apart(kind: str) -> None:
     assert len(ours.grads) == 3 + (kind not in ("linear", "lightning", "deltanet")) + (
         kind in ("deltanet", "gdn", "kda")
     )
-    compare(kind, "recurrent", ours, theirs)
+    compare(kind, ours, theirs)
     theirs.out = theirs.out.roll(1, dims=1)
     with pytest.raises(RuntimeError, match="not timed"):
-        compare(kind, "recurrent", ours, theirs)
+        compare(kind, ours, theirs)
 
 
 def count(rank: int, world_size: int, group: torch.distributed.ProcessGroup) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def test_bytes_are_those_of_the_formula_at_every_length(gloo_pool) -> None:  # t
 def test_what_is_too_slow_is_told() -> None:
     def report(**changed: Any) -> list[str]:
         ranks = {"tokens": 65536, "passing": "ring", "ranks": 2, "one_s": 1.8, "ranks_s": 1.0}
-        kinds = {"kind": "gla", "tokens": 16384, "chunks_s": 1.0, "recurrent_s": 20.5, "fla_s": 1.1}
+        kinds = {"kind": "gla", "heads": 1, "tokens": 16384, "chunks_s": 1.0, "recurrent_s": 20.5, "fla_s": 1.1}
         lengths = [{"tokens": tokens, "lightning_s": tokens / 1e5} for tokens in (256, 8192, 16384)]
         lengths[0]["lightning_s"] = 1.0  # too short to be asked
         for key, value in changed.items():

@@ -15,8 +15,9 @@ from longctx.kernels.linear.reference import Reference
 from longctx.kernels.linear.torch_kernel import TorchKernel
 from tests.kernels.linear.linear_cases import GATES, Problem, everything, problem
 from tests.support.pairs import Case, covering
-from tests.support.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_within_budget
+from tests.support.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within, max_error
 
+DRAWS = 4  # of a problem, which show torch's error
 FACTORS: dict[str, Any] = {
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "gate": GATES,
@@ -39,15 +40,27 @@ def test_all_are_within_the_budget(case: tuple[Any, ...]) -> None:
 def within_budget(*, dtype: torch.dtype, gate: str, delta: bool, values: str) -> None:
     """Compare with the recurrence on the same tensors: it computes in float32 and rounds its results, as we do."""
     heads = 16 if gate == "fixed" else 4  # the gradient of the gates has one number per head: a few are no sample
-    rounded = problem(
-        gate=gate, delta=delta, lengths=(100, 29), values=values, packed=True, heads=heads, key_dim=16, value_dim=16
-    ).to(dtype, wide=torch.float32)
-    expected = everything(Reference(), rounded.to(torch.float64, wide=torch.float64), summed=True)
-    torch_same_dtype = everything(Reference(), rounded, summed=True)
-    for name, ours in everything(TorchKernel(), rounded, summed=True).items():
+    budget: dict[str, float] = {}
+    for seed in reversed(range(DRAWS)):
+        drawn = problem(
+            gate=gate,
+            delta=delta,
+            lengths=(100, 29),
+            values=values,
+            packed=True,
+            heads=heads,
+            key_dim=16,
+            value_dim=16,
+            seed=seed,
+        ).to(dtype, wide=torch.float32)
+        expected = everything(Reference(), drawn.to(torch.float64, wide=torch.float64), summed=True)
+        torch_same_dtype = everything(Reference(), drawn, summed=True)
+        for name, found in torch_same_dtype.items():
+            budget[name] = max(budget.get(name, 0.0), max_error(found, expected[name]))
+    for name, ours in everything(TorchKernel(), drawn, summed=True).items():
         assert ours.dtype == torch_same_dtype[name].dtype
         factor = GRADIENT_FACTOR if name.startswith("d") else OUTPUT_FACTOR
-        assert_within_budget(ours, torch_same_dtype[name], expected[name], factor=factor, name=name)
+        assert_error_within(max_error(ours, expected[name]), budget[name], factor=factor, name=name)
 
 
 def errors(given: Problem, *, segments: int) -> dict[str, float]:
