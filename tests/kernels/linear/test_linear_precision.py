@@ -17,7 +17,7 @@ from tests.kernels.linear.linear_cases import GATES, Problem, everything, proble
 from tests.support.pairs import Case, covering
 from tests.support.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within, max_error
 
-DRAWS = 4  # of a problem, which show torch's error
+DRAWS = 6  # of a problem, which show torch's error
 FACTORS: dict[str, Any] = {
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "gate": GATES,
