@@ -117,8 +117,7 @@ def _step(task: Task, block: Block, inputs: Inputs, state: Tensor, reach: Tensor
         return _Step(made, before, after, None, None)
     reached, reach = Scan.apply(transition, None, reach)
     reached = reached.flatten(1, 2)
-    further = made.queries * reached.mT if reached.shape[-1] == 1 else made.queries @ reached
-    return _Step(made, before, after, further, reach)
+    return _Step(made, before, after, made.queries @ reached, reach)
 
 
 class Sweep(torch.autograd.Function):
@@ -132,14 +131,14 @@ class Sweep(torch.autograd.Function):
 
         Args:
             initial: `[B, P, H, K, V]`, the states that enter the segments.
-            unit: the identity as transition `[B, P, H, ...]`, if outputs have to answer to further states that enter
-                the segments, of which nothing is known yet; None = there are none.
+            unit: the identity as transition `[B, P, H, K, K]`, if outputs of the delta rule have to answer to further
+                states that enter the segments, of which nothing is known yet; None = there are none.
 
         Returns:
             out: `[B, N, C, H, V]`, in v's dtype; with `unit` in the states', since something comes on top.
             final: `[B, P, H, K, V]`, the states after the segments.
             queries: with `unit`, `[B, N, C, H, K]`: further states S give a token `queries S` more; else None.
-            transition: with `unit`, `[B, P, H, ...]`: and are M S after the segments; else None.
+            transition: with `unit`, `[B, P, H, K, K]`: and are M S after the segments; else None.
         """
         whole = Inputs(*tensors)
         final, queries, transition = torch.empty_like(initial), None, None
