@@ -105,7 +105,8 @@ class AttentionConfig:
                 else f"attention.layers={self.layers} names layers of kind window: set attention.window"
             )
         if kinds == linear:
-            keys = ("backward", "inner", "ulysses", "innermost", "gather_heads", "chunk", "prefix", "kernel")
+            schedule = () if self.schedule == "auto" else ("schedule",)
+            keys = (*schedule, "backward", "inner", "ulysses", "innermost", "gather_heads", "chunk", "prefix", "kernel")
             self._refuse_without("softmax attention", keys)
         if not linear:
             self._refuse_without("linear", ("state_layout", "state_passing", "state_splits"))

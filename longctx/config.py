@@ -85,6 +85,9 @@ class Config:
         for part in (*parts, self.logger, self.train):
             part.validate()
         self.attention.check_heads(self.model.num_heads)
+        softmax = self.layers.softmax_kinds
+        if softmax:
+            self.model.validate_attention(rope=any(getattr(self.mixers, kind).rope for kind in softmax))
         self.mixers.validate(self.layers.used, head_dim=self.model.head_size)
         prefix = self.attention.prefix
         if prefix is not None and prefix >= self.data.seq_len:

@@ -67,16 +67,12 @@ class ModelConfig:
                 raise ValueError(f"model.{name} must be >= 1; given {getattr(self, name)}")
         if self.vocab_size is not None and self.vocab_size < 2:
             raise ValueError(f"model.vocab_size must be >= 2 or null; given {self.vocab_size}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}"
-            )
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(
                 f"model.dim={self.dim} is not a multiple of model.num_heads={self.num_heads}; set model.head_dim"
             )
-        if self.head_size < 2 or self.head_size % 2:
-            raise ValueError(f"RoPE needs an even head size; given {self.head_size} (model.head_dim)")
+        if self.head_size < 1:
+            raise ValueError(f"model.head_dim must be >= 1 or null; given {self.head_dim}")
         if self.qk_norm not in ("none", "head"):
             raise ValueError(f"model.qk_norm={self.qk_norm} is not known; known are none, head")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
@@ -84,6 +80,19 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name} must be > 0 and finite; given {getattr(self, name)}")
+
+    def validate_attention(self, *, rope: bool) -> None:
+        """Refuse shapes that layers of softmax attention cannot have.
+
+        Args:
+            rope: whether some rotate queries and keys.
+        """
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}"
+            )
+        if rope and self.head_size % 2:
+            raise ValueError(f"RoPE needs an even head size; given {self.head_size} (model.head_dim)")
 
 
 class SelfAttention(nn.Module):

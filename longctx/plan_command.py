@@ -16,12 +16,13 @@ from longctx.parallel.cost import traffic
 from longctx.parallel.mesh import Degrees
 from longctx.parallel.plan import Plan, plan
 from longctx.parallel.schedule import Shape
-from longctx.setup import choose_attention, heads, layer_shape, open_stream, with_vocabulary
+from longctx.setup import check_linear_kernel, choose_attention, heads, layer_shape, open_stream, with_vocabulary
 from longctx.simulated import simulated_degrees
 from longctx.stack import describe_linear, stack_shape
 from longctx.stack_traffic import choose_state_layout
 
 MANY_RANKS, MANY_HOPS = 16, 8  # what a table shows
+ON_ANY_DEVICE = ("torch", "reference")  # kernels whose limits are the same on the machine that a plan is for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         overrides, per_machine = take_number(arguments, "--per-machine", what="ranks >= 1", least=1)
         config = load_config(overrides)
+        for kind in config.layers.linear_kinds:
+            if config.mixers.linear_kind(kind).kernel in ON_ANY_DEVICE:
+                check_linear_kernel(config, kind, device_type="cpu")
         degrees, per_machine = simulated_degrees(config, per_machine=per_machine)
         show(config, degrees=degrees, per_machine=per_machine)
     except ValueError as error:

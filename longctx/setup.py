@@ -93,17 +93,20 @@ def check_kernel(config: Config, *, device_type: str) -> dict[str, str]:
             softcap=model.softcap is not None,
         )
         kernels["softmax"] = resolve_kernel(config.attention.kernel, request).name
-    for kind in layers.linear_kinds:
-        shape = linear_shape(layers, kind, heads=model.num_heads, head_dim=model.head_size)
-        try:
-            found = [
-                resolve_linear_kernel(shape.kernel, request)
-                for request in shape.requests(device_type=device_type, dtype=dtype)
-            ]
-        except ValueError as error:
-            raise ValueError(f"mixers.{kind}.kernel={shape.kernel}: {error}") from error
-        kernels[kind] = found[0].name
-    return kernels
+    return kernels | {kind: check_linear_kernel(config, kind, device_type=device_type) for kind in layers.linear_kinds}
+
+
+def check_linear_kernel(config: Config, kind: str, *, device_type: str) -> str:
+    """Return the name of the kernel that will compute a kind of linear layer, or refuse a named one that cannot."""
+    layers, model = config.layers, config.model
+    shape = linear_shape(layers, kind, heads=model.num_heads, head_dim=model.head_size)
+    requests = shape.requests(device_type=device_type, dtype=DTYPES[config.engine.dtype])
+    try:
+        found = [resolve_linear_kernel(shape.kernel, request) for request in requests]
+    except ValueError as error:
+        size = "" if shape.chunk_size is None else f", mixers.{kind}.chunk_size={shape.chunk_size}"
+        raise ValueError(f"mixers.{kind}.kernel={shape.kernel}{size}: {error}") from error
+    return found[0].name
 
 
 def heads(config: Config) -> dict[str, int]:

@@ -69,7 +69,7 @@ class _Segment:
             part, heads = slice(max(self.first, end - self.step), end), slice(0, self.k.shape[2])
             sums, self.whole = self.log_decays(part, self.whole)
             if sums is not None and sums.device.type == "cpu":
-                left = (sums.amax((0, 1, 3)) >= NOTHING[self.dtype]).nonzero().flatten().tolist()
+                left = (sums.amax((0, 1, 3)) < NOTHING[self.dtype]).logical_not().nonzero().flatten().tolist()
                 if not left:
                     return
                 heads = slice(left[0], left[-1] + 1)

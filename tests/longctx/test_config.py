@@ -108,6 +108,9 @@ def test_config_files_name_every_key_of_their_group():
         (["attention=gdn_3_1", "model.num_layers=6"], ["model.num_layers=6", "4 or 8"]),
         (["mixers.gdn.conv=3"], ["mixers.gdn.conv=3 has no effect", "no layer 'gdn'"]),
         (["attention=gla", "mixers.gla.gates=none"], ["unknown key 'mixers.gla.gates'"]),
+        (["attention=gdn", "attention.schedule=ulysses"], ["attention.schedule=ulysses has no effect"]),
+        (["model.head_dim=33"], ["RoPE needs an even head size; given 33"]),
+        (["attention=transnormer", "model.head_dim=33"], ["mixers.transnormer.rope=first", "even", "33"]),
         (["optim.lr=-1"], ["optim.lr"]),
         (["optim.warmup_steps=1000"], ["warmup"]),
         (["logger.progress=loud"], ["logger.progress=loud"]),
@@ -120,6 +123,12 @@ def test_mistakes_are_refused_with_the_key_and_the_alternatives(overrides, words
         load_config(overrides)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+def test_stacks_without_softmax_attention_have_its_limits_neither():
+    config = load_config(["attention=gdn", "model.head_dim=15", "model.num_heads=3"])
+    assert config.model.num_heads % config.model.num_kv_heads and not config.layers.softmax
+    load_config(["attention.layers=gdn+full", "mixers.full.rope=false", "model.head_dim=15"])
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,12 @@ def test_rmsnorm_of_sixteen_bits_is_computed_in_float32():
 )
 def test_bad_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(SMALL, **change).validate()
+        validate(dataclasses.replace(SMALL, **change))
+
+
+def validate(shape):
+    shape.validate()
+    shape.validate_attention(rope=True)
 
 
 def test_the_loss_is_a_sum_over_what_counts():

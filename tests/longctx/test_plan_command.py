@@ -68,3 +68,5 @@ def test_a_hybrid_stack(tmp_path, capsys):
     assert main([*data, "data.seq_len=512", "parallel.cp=4", "attention=lightning"]) == 0
     told = capsys.readouterr().out
     assert "plan" not in told and told.count("linear layers: ") == 1
+    assert main([*data, "attention=gdn", "mixers.gdn.kernel=torch", "mixers.gdn.chunk_size=48"]) == 2
+    assert "mixers.gdn.kernel=torch, mixers.gdn.chunk_size=48: " in capsys.readouterr().err

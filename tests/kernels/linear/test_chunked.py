@@ -126,6 +126,18 @@ def test_only_what_is_asked_for_has_gradients() -> None:
     torch.testing.assert_close(dk, expected, rtol=0, atol=TOLERANCE)
 
 
+def test_gates_that_are_no_numbers_are_seen_in_the_summary() -> None:
+    given = problem(gate="scalar", delta=False, lengths=(20,))
+    assert given.g is not None
+    g = given.g.index_fill(1, torch.tensor([3]), torch.nan)
+    summary = (
+        TorchKernel()
+        .begin(given.q, given.k, given.v, g=g, beta=None, scale=1.0, cuts=given.cuts, chunk_size=None)
+        .summary()
+    )
+    assert summary.state.isnan().all() and summary.transition.isnan().all()
+
+
 def test_nothing_wants_a_gradient() -> None:
     given = problem(gate="diagonal", delta=False, lengths=(20,))
     tensors = (given.q, given.k, given.v)
