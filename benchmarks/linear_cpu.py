@@ -132,11 +132,11 @@ def measure_ranks(options: argparse.Namespace) -> list[Row]:
     rows = []
     for tokens in (1024 * each for each in options.shared):
         whole = make_inputs("lightning", tokens, options.heads, options.head_dim)
-        attentions = {passing: attention_over(passing) for passing in PASSINGS}
         mine = whole.shard(Layout("contiguous", ranks), rank)
         makes: dict[str, Make | None] = {"one": partial(LinearPass, alone("torch"), whole) if rank == 0 else None}
         makes["apart"] = partial(LinearPass, alone("torch"), mine)
-        for passing, attention in attentions.items():
+        for passing in PASSINGS:
+            attention = attention_over(passing)
             plan = attention.plan(None, total=tokens, device=torch.device("cpu"))
             makes[passing] = partial(LinearPass, shared(attention, plan), mine)
         times = {name: [sum(timed(make))] for name, make in makes.items()}

@@ -5,6 +5,7 @@ in the same dtype, on the same numbers, measures what that dtype can do there.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -26,6 +27,7 @@ def assert_within_budget(
     *,
     factor: float = OUTPUT_FACTOR,
     name: str = "out",
+    more: Iterable[tuple[torch.Tensor, torch.Tensor]] = (),
 ) -> None:
     """Assert `max|ours - ref| <= factor * max|torch_same_dtype - ref|`.
 
@@ -35,25 +37,17 @@ def assert_within_budget(
         ref: the same by plain torch operations in float32 or float64, from the same (already rounded) inputs.
         factor: `OUTPUT_FACTOR` for outputs, `GRADIENT_FACTOR` for gradients.
         name: what to call it in the message.
+        more: `(torch_same_dtype, ref)` of other draws of the problem, whose largest error counts. The largest of a few
+            hundred errors is itself a matter of luck; where results are small, one draw tells too little.
 
     Where torch is exact we have to be exact: there is no absolute slack.
     """
     shapes = [tuple(t.shape) for t in (ours, torch_same_dtype, ref)]
     assert shapes[0] == shapes[1] == shapes[2], f"{name}: shapes differ: ours, torch, ref = {shapes}"
     assert ref.dtype in (torch.float32, torch.float64), f"{name}: the reference is {ref.dtype}, not float32 or float64"
-    assert_error_within(
-        max_error(ours, ref), max_error(torch_same_dtype, ref), factor=factor, name=f"{name} ({ours.dtype})"
-    )
-
-
-def assert_error_within(error: float, torch_error: float, *, factor: float, name: str) -> None:
-    """Assert `error <= factor * torch_error`, for errors that the caller has measured.
-
-    The largest of a few hundred errors is itself a matter of luck: where results are small, `torch_error` should be the
-    largest of several draws of the same problem.
-    """
-    budget = factor * torch_error
-    assert math.isfinite(budget), f"{name}: torch itself is off by {budget}: the inputs are no basis for a comparison"
+    errors = [max_error(*draw) for draw in ((torch_same_dtype, ref), *more)]
+    assert all(map(math.isfinite, errors)), f"{name}: torch itself is off by {errors}: no basis for a comparison"
+    error, budget = max_error(ours, ref), factor * max(errors)
     assert error <= budget, (  # false for NaN too
-        f"{name}: max error {error:.3e} is over the budget {budget:.3e} = {factor:g} x torch's error"
+        f"{name}: max error {error:.3e} is over the budget {budget:.3e} = {factor:g} x torch's error in {ours.dtype}"
     )

@@ -51,10 +51,7 @@ _ENTRIES = {
     **{("plain", 16, size): Entry(64, "ieee", {**_PLAIN16, **_SCAN}) for size in (64, 128, 256)},
     **{("diagonal", 16, size): Entry(32, "ieee", {**_DIAGONAL16, **_SCAN}) for size in (64, 128, 256)},
     **{("diagonal", 32, size): Entry(32, "ieee", {**_DIAGONAL32, **_SCAN}) for size in (64, 128, 256)},
-    **{
-        ("plain", 32, size): Entry(32, "ieee", {**_same(_PLAIN, Tile(32, 32, 4, 1)), **_SCAN})
-        for size in (64, 128, 256)
-    },
+    **{("plain", 32, size): Entry(32, "ieee", {**_PLAIN32, **_SCAN}) for size in (64, 128, 256)},
     # `bf16x3` is for what stays float32 with 16-bit inputs: inverses in chunks, and maps of segments. `tf32x3` keeps 22
     # of float32's 24 digits on the matrix unit; without it, scans spill.
     **{("delta", 16, size): Entry(32, "bf16x3", _delta16(size)) for size in (64, 128, 256)},

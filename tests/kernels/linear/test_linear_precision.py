@@ -15,7 +15,7 @@ from longctx.kernels.linear.reference import Reference
 from longctx.kernels.linear.torch_kernel import TorchKernel
 from tests.kernels.linear.linear_cases import GATES, Problem, everything, problem
 from tests.support.pairs import Case, covering
-from tests.support.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within, max_error
+from tests.support.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_within_budget
 
 DRAWS = 6  # of a problem, which show torch's error
 FACTORS: dict[str, Any] = {
@@ -40,9 +40,8 @@ def test_all_are_within_the_budget(case: tuple[Any, ...]) -> None:
 def within_budget(*, dtype: torch.dtype, gate: str, delta: bool, values: str) -> None:
     """Compare with the recurrence on the same tensors: it computes in float32 and rounds its results, as we do."""
     heads = 16 if gate == "fixed" else 4  # the gradient of the gates has one number per head: a few are no sample
-    budget: dict[str, float] = {}
-    for seed in reversed(range(DRAWS)):
-        drawn = problem(
+    draws = [
+        problem(
             gate=gate,
             delta=delta,
             lengths=(100, 29),
@@ -53,14 +52,15 @@ def within_budget(*, dtype: torch.dtype, gate: str, delta: bool, values: str) ->
             value_dim=16,
             seed=seed,
         ).to(dtype, wide=torch.float32)
-        expected = everything(Reference(), drawn.to(torch.float64, wide=torch.float64), summed=True)
-        torch_same_dtype = everything(Reference(), drawn, summed=True)
-        for name, found in torch_same_dtype.items():
-            budget[name] = max(budget.get(name, 0.0), max_error(found, expected[name]))
-    for name, ours in everything(TorchKernel(), drawn, summed=True).items():
-        assert ours.dtype == torch_same_dtype[name].dtype
+        for seed in range(DRAWS)
+    ]
+    exact = [everything(Reference(), drawn.to(torch.float64, wide=torch.float64), summed=True) for drawn in draws]
+    plain = [everything(Reference(), drawn, summed=True) for drawn in draws]
+    for name, ours in everything(TorchKernel(), draws[0], summed=True).items():
+        assert ours.dtype == plain[0][name].dtype
         factor = GRADIENT_FACTOR if name.startswith("d") else OUTPUT_FACTOR
-        assert_error_within(max_error(ours, expected[name]), budget[name], factor=factor, name=name)
+        first, *more = [(x[name], y[name]) for x, y in zip(plain, exact, strict=True)]
+        assert_within_budget(ours, *first, factor=factor, name=name, more=more)
 
 
 def errors(given: Problem, *, segments: int) -> dict[str, float]:
