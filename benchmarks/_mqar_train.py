@@ -18,7 +18,7 @@ from longctx.parallel.transport import Transport
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained; the same for all mixers.
+    """How a model is trained but for the learning rate; the same for all mixers.
 
     Attributes:
         steps: length of the cosine schedule.
@@ -34,7 +34,6 @@ class Recipe:
     batch: int = 64
     sequences: int = 20_000
     test: int = 1_000
-    lr: float = 3e-3
     weight_decay: float = 0.1
     enough: float = 0.99
     dtype: str = "float32"
@@ -42,13 +41,15 @@ class Recipe:
     passing: str = "ring"
 
 
-def train(mixer: str, task: Task, recipe: Recipe, *, seed: int, transport: Transport) -> list[dict[str, Any]]:
+def train(
+    mixer: str, task: Task, recipe: Recipe, *, lr: float, seed: int, transport: Transport
+) -> list[dict[str, Any]]:
     """Train until the test accuracy is enough or the steps are over (collective over the transport's ranks).
 
     Returns:
         one row per evaluation: step, training loss since the one before, test accuracy, seconds so far.
     """
-    learner = Learner(mixer, task, recipe, seed=seed, transport=transport)
+    learner = Learner(mixer, task, recipe, lr=lr, seed=seed, transport=transport)
     train, test = (task.draw(n, seed=2 * seed + part) for part, n in enumerate((recipe.sequences, recipe.test)))
     order = torch.Generator().manual_seed(seed)
     rows, losses, curve, began = torch.empty(0, dtype=torch.int64), [], [], time.perf_counter()
@@ -69,14 +70,14 @@ def train(mixer: str, task: Task, recipe: Recipe, *, seed: int, transport: Trans
 class Learner:
     """One rank's model and optimizer. It is given whole sequences, of which it takes its own tokens."""
 
-    def __init__(self, mixer: str, task: Task, recipe: Recipe, *, seed: int, transport: Transport) -> None:
+    def __init__(self, mixer: str, task: Task, recipe: Recipe, *, lr: float, seed: int, transport: Transport) -> None:
         self.layout, self.transport = Layout(recipe.layout, transport.size), transport  # type: ignore[arg-type]
         self.batch = recipe.batch
         self.place = make_place(mixer, transport, layout=self.layout, passing=recipe.passing, total=task.tokens)
         model = Model(mixer, vocabulary=task.vocabulary, width=recipe.width, seed=seed)
         self.model = model.to(getattr(torch, recipe.dtype))
         self.weights = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(self.weights, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=lr, weight_decay=recipe.weight_decay)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, recipe.steps)
 
     def step(self, sequences: Tensor, labels: Tensor) -> float:

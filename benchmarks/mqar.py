@@ -1,15 +1,16 @@
 """Recall by what mixes tokens: multi-query associative recall (Zoology, arXiv:2312.04927), trained from scratch.
 
-    python benchmarks/mqar.py                                    # 8 mixers, 2 sizes, 3 seeds: an hour of one core
-    python benchmarks/mqar.py --mixers gdn softmax --seeds 0     # rows that --out has already are kept, if they are of
-                                                                 # the same recipe, unless they are run again
+    python benchmarks/mqar.py                                    # 8 mixers, 2 sizes, 3 seeds: two hours of one core
+    python benchmarks/mqar.py --mixers gdn softmax --seeds 0     # runs that --out has already, of the same recipe, are
+                                                                 # not made again
     python benchmarks/mqar.py --mixers gdn_3_1 --sizes 32:4:64 --seeds 0 --steps 100 --cp 1 2    # the same curve?
     python benchmarks/mqar.py --quick                            # a few steps of all: does it run?
 
 The model: embedding, a gated causal convolution of 3 taps, the mixer with one head, head; width 64, no positions, no
 MLP. `gdn_3_1` has four mixers: three gated DeltaNet layers and a softmax layer. Everything that mixes tokens goes
 through the library's ops, on `--cp` gloo ranks that share each sequence; with more than one cp the curves are compared,
-in float64, digit by digit as they are printed. A run stops once the test accuracy is 0.99.
+in float64, digit by digit as they are printed. A run stops once the test accuracy is 0.99; one that never gets there is
+made again with the next of the learning rates, and the best of them counts (Zoology takes the best of four).
 
 The exit status is 1 if curves differ, or if a mixer of the default sizes misses what it is expected to reach. The
 window sees `reach` of the queries' pairs and no more: a mask that leaks shows as an accuracy above it.
@@ -34,6 +35,7 @@ from _ranks import environment, start_ranks, write_report
 from longctx.parallel.transport import Alone, ProcessGroupTransport
 
 SIZES = ("64:8:256", "128:16:512")
+RATES = (3e-3, 8e-3)
 LEAST = {"softmax": 0.99, "gdn_3_1": 0.99, "gdn": 0.99, "deltanet": 0.99, "lightning": 0.98}
 SLACK = 0.02  # of the window over its reach: what it guesses of values that it sees without their keys
 
@@ -55,32 +57,48 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=recipe.steps)
     parser.add_argument("--every", type=int, default=recipe.every, help="steps between evaluations")
     parser.add_argument("--sequences", type=int, default=recipe.sequences, help="of the training set")
-    parser.add_argument("--lr", type=float, default=recipe.lr)
+    parser.add_argument("--lr", nargs="+", type=float, default=list(RATES), help="tried in turn")
     parser.add_argument("--quick", action="store_true", help="4 steps, 1 seed, short sequences: does it run?")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/mqar.json"))
     options = parser.parse_args()
     options.dtype = options.dtype or ("float32" if options.cp == [1] else "float64")
     if options.quick:
         options.sizes, options.seeds, options.steps, options.every, options.sequences = ["32:4:64"], [0], 4, 2, 256
-    settings = ("dtype", "layout", "passing", "steps", "every", "sequences", "lr")
+    settings = ("dtype", "layout", "passing", "steps", "every", "sequences")
     recipe = Recipe(**{name: getattr(options, name) for name in settings})
     rows = kept(options.out, recipe)
     for seed, size, mixer, cp in product(options.seeds, options.sizes, options.mixers, options.cp):
-        row = run(mixer, size, seed, cp, recipe, options.threads)
-        print(curve(row), flush=True)
-        rows = [each for each in rows if key(each) != key(row)] + [row]
-        write_report(options.out, {"environment": environment(), "recipe": asdict(recipe), "rows": rows})
-    print("\n" + table(rows))
-    draw(rows, options.out.with_suffix(".png"))
+        for lr in options.lr:
+            row = next((each for each in rows if key(each) == (mixer, size, seed, lr, cp)), None)
+            if row is None:
+                row = run(mixer, size, seed, cp, lr, recipe, options.threads)
+                rows.append(row)
+                write_report(options.out, {"environment": environment(), "recipe": asdict(recipe), "rows": rows})
+            print(curve(row), flush=True)
+            if row["accuracy"] >= recipe.enough:
+                break
+    counted = best(rows)
+    print("\n" + table(counted))
+    draw(counted, options.out.with_suffix(".png"))
     print(f"written to {options.out} and {options.out.with_suffix('.png')}")
-    wrong = [*differences(rows), *missed(rows)]
+    wrong = [*differences(rows), *missed(counted)]
     print("\n".join(wrong) or "all as expected")
     sys.exit(bool(wrong))
 
 
 def key(row: Row) -> tuple[Any, ...]:
     """Return what run a row is of."""
-    return row["mixer"], row["size"], row["seed"], row["cp"]
+    return row["mixer"], row["size"], row["seed"], row["lr"], row["cp"]
+
+
+def best(rows: list[Row]) -> list[Row]:
+    """Return of each run the row of the learning rate that did best."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        which = row["mixer"], row["size"], row["seed"], row["cp"]
+        if which not in found or row["accuracy"] > found[which]["accuracy"]:
+            found[which] = row
+    return list(found.values())
 
 
 def kept(path: Path, recipe: Recipe) -> list[Row]:
@@ -96,9 +114,9 @@ def parse(size: str) -> Task:
     return Task(*map(int, size.split(":")))
 
 
-def run(mixer: str, size: str, seed: int, cp: int, recipe: Recipe, threads: int) -> Row:
+def run(mixer: str, size: str, seed: int, cp: int, lr: float, recipe: Recipe, threads: int) -> Row:
     """Train once: in this process, or on gloo ranks."""
-    options = argparse.Namespace(mixer=mixer, size=size, seed=seed, recipe=recipe, threads=threads)
+    options = argparse.Namespace(mixer=mixer, size=size, seed=seed, lr=lr, recipe=recipe, threads=threads)
     points = start_ranks(on_rank, cp, options) if cp > 1 else on_rank(options)
     task = parse(size)
     sequences, labels = task.draw(recipe.test, seed=2 * seed + 1)
@@ -108,6 +126,7 @@ def run(mixer: str, size: str, seed: int, cp: int, recipe: Recipe, threads: int)
         "size": size,
         "seed": seed,
         "cp": cp,
+        "lr": lr,
         "accuracy": last["accuracy"],
         "steps": last["step"],
         "seconds": last["seconds"],
@@ -121,12 +140,13 @@ def on_rank(options: argparse.Namespace) -> list[Row]:
     torch.set_num_threads(options.threads)
     group = dist.group.WORLD if dist.is_initialized() else None
     transport = Alone() if group is None else ProcessGroupTransport(group)
-    return train(options.mixer, parse(options.size), options.recipe, seed=options.seed, transport=transport)
+    task, recipe = parse(options.size), options.recipe
+    return train(options.mixer, task, recipe, lr=options.lr, seed=options.seed, transport=transport)
 
 
 def curve(row: Row) -> str:
     """Format a run's curve, a line per evaluation."""
-    head = f"{row['mixer']:9} {row['size']:>10} seed {row['seed']} cp {row['cp']}"
+    head = f"{row['mixer']:9} {row['size']:>10} seed {row['seed']} cp {row['cp']} lr {row['lr']:g}"
     return "\n".join(f"{head}  {line}" for line in digits(row)) + f"   {row['seconds']:.0f} s"
 
 
@@ -159,7 +179,7 @@ def differences(rows: list[Row]) -> list[str]:
     """Return the runs whose printed curve is not that of the smallest cp."""
     found = []
     for row in rows:
-        first = min((each for each in rows if key(each)[:3] == key(row)[:3]), key=lambda each: each["cp"])
+        first = min((each for each in rows if key(each)[:-1] == key(row)[:-1]), key=lambda each: each["cp"])
         if digits(first) != digits(row):
             found.append(f"{row['mixer']} {row['size']} seed {row['seed']}: cp {row['cp']} is not cp {first['cp']}")
     return found

@@ -5,7 +5,7 @@ import torch
 from _mqar_model import MIXERS, TAPS, Model, make_place, window
 from _mqar_task import Task, reach_bound
 from _mqar_train import Recipe, train
-from mqar import SLACK, differences, digits, missed
+from mqar import RATES, SLACK, best, differences, digits, missed
 
 from longctx.loss import IGNORED
 from longctx.parallel.layout import Layout
@@ -91,8 +91,8 @@ def test_the_reach_of_a_window_is_what_the_model_sees() -> None:
 def curve(rank: int, world_size: int, group: torch.distributed.ProcessGroup, mixer: str) -> list[dict[str, float]]:
     """Train some steps on a pooled rank, in float64."""
     transport = ProcessGroupTransport(group) if world_size > 1 else Alone()
-    recipe = Recipe(width=8, steps=6, every=2, batch=8, sequences=40, test=30, lr=1e-2, dtype="float64")
-    return train(mixer, Task(20, 4, 24), recipe, seed=1, transport=transport)
+    recipe = Recipe(width=8, steps=6, every=2, batch=8, sequences=40, test=30, dtype="float64")
+    return train(mixer, Task(20, 4, 24), recipe, lr=1e-2, seed=1, transport=transport)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -107,7 +107,8 @@ def test_two_ranks_have_the_curve_of_one(gloo_pool, mixer: str) -> None:  # type
 
 
 def test_misses_and_leaks_are_told() -> None:
-    row = {"mixer": "window", "size": "64:8:256", "seed": 0, "cp": 1, "reach": 0.39, "curve": [[2, 1.5, 0.4]]}
+    row = {"mixer": "window", "size": "64:8:256", "seed": 0, "cp": 1, "lr": 0.1, "reach": 0.39}
+    row["curve"] = [[2, 1.5, 0.4]]
     assert not missed([{**row, "accuracy": 0.39 + SLACK}])
     assert missed([{**row, "accuracy": 0.39 + 1.1 * SLACK}])
     assert missed([{**row, "mixer": "gdn", "accuracy": 0.98}])
@@ -116,6 +117,13 @@ def test_misses_and_leaks_are_told() -> None:
     other = {**row, "cp": 2, "curve": [[2, 1.500001, 0.4]]}
     assert digits(row) != digits(other)
     assert differences([row, other]) and not differences([row, {**row, "cp": 2}])
+    assert not differences([row, {**other, "lr": 0.2}])
+
+
+def test_the_best_learning_rate_counts() -> None:
+    row = {"mixer": "gla", "size": "64:8:256", "seed": 0, "cp": 1, "lr": 0.1, "accuracy": 0.5}
+    better, other = {**row, "lr": 0.2, "accuracy": 0.6}, {**row, "seed": 1, "accuracy": 0.1}
+    assert best([row, better, other]) == best([better, other, row]) == [better, other]
 
 
 @pytest.mark.slow
@@ -135,4 +143,4 @@ def test_mixers_recall_what_they_see_and_can_store() -> None:
 
 def reached(mixer: str, task: Task, recipe: Recipe) -> float:
     """Return the test accuracy at the end of a run."""
-    return train(mixer, task, recipe, seed=0, transport=Alone())[-1]["accuracy"]
+    return train(mixer, task, recipe, lr=RATES[0], seed=0, transport=Alone())[-1]["accuracy"]
