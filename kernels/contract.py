@@ -57,13 +57,57 @@ class Scores:
             raise ValueError(f"softcap must be a finite number > 0, or None for no cap; given {self.softcap}")
 
 
+@dataclass(frozen=True)
+class Work:
+    """Tiles, with the rows of the batch, the query heads and the KV heads that they are for.
+
+    The query heads are whole groups, each of which reads a KV head, or one group or a part of one.
+    """
+
+    rows: slice
+    heads: slice
+    kv_heads: slice
+    tiles: tuple[Tile, ...]
+
+    @property
+    def q(self) -> tuple[slice, slice, slice]:
+        """Index `[B, T, H, D]`."""
+        return self.rows, slice(None), self.heads
+
+    @property
+    def kv(self) -> tuple[slice, slice, slice]:
+        """Index `[B, T, HK, D]`."""
+        return self.rows, slice(None), self.kv_heads
+
+    @property
+    def lse(self) -> tuple[slice, slice]:
+        """Index `[B, H, T]`."""
+        return self.rows, self.heads
+
+
+@dataclass(frozen=True, eq=False)
+class WorkList:
+    """What one call of a kernel computes. No (row, query head) is in two of its parts.
+
+    Compared by identity, so that a kernel may keep what it made of one for as long as it lives: every layer and step
+    with the same plan gets the same object.
+    """
+
+    parts: tuple[Work, ...]
+
+
+def whole(tiles: Sequence[Tile], *, heads: int, kv_heads: int) -> WorkList:
+    """Return the same tiles for all rows and heads."""
+    return WorkList((Work(slice(None), slice(0, heads), slice(0, kv_heads), tuple(tiles)),))
+
+
 class LocalKernel(Protocol):
-    """Attention of a q shard to a k/v shard over a tile list, continuing from what earlier hops left.
+    """Attention of a q shard to a k/v shard over lists of tiles, continuing from what earlier hops left.
 
     Shapes: `q, dq [B, Tq, H, D]`, `dout [B, Tq, H, Dv]`, `k, dk [B, Tk, HK, D]`, `v, dv [B, Tk, HK, Dv]`,
-    `lse, delta [B, H, Tq]`. HK divides H; query head h reads KV head `h // (H // HK)`; repeated K/V never outlive one
-    tile. Accumulators are float32 (float64 for float64 inputs) and are written in place. A query without a visible key
-    keeps out 0, lse -inf and gradient 0.
+    `lse, delta [B, H, Tq]`. HK divides H; which KV head a query head reads is said by the work; repeated K/V never
+    outlive one tile. Accumulators are float32 (float64 for float64 inputs) and are written in place. A query without a
+    visible key keeps out 0, lse -inf and gradient 0.
     """
 
     name: str
@@ -72,10 +116,8 @@ class LocalKernel(Protocol):
         """Return why `request` cannot be served, or None when it can."""
         ...
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, tiles: Sequence[Tile], scores: Scores, partial: Partial
-    ) -> None:
-        """Merge the tiles' attention into `partial`."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, work: WorkList, scores: Scores, partial: Partial) -> None:
+        """Merge the attention of the work's tiles into `partial`."""
         ...
 
     def backward(
@@ -84,7 +126,7 @@ class LocalKernel(Protocol):
         k: Tensor,
         v: Tensor,
         *,
-        tiles: Sequence[Tile],
+        work: WorkList,
         scores: Scores,
         dout: Tensor,
         delta: Tensor,
@@ -93,7 +135,7 @@ class LocalKernel(Protocol):
         dk: Tensor,
         dv: Tensor,
     ) -> None:
-        """Add the tiles' gradients to `dq, dk, dv`.
+        """Add the gradients of the work's tiles to `dq, dk, dv`.
 
         Args:
             dout: in the input dtype.

@@ -1,6 +1,5 @@
 """The composition as one autograd function: what a rank does between q, k, v and out, and back."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +7,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longctx.kernels.contract import LocalKernel, Scores
+from longctx.kernels.contract import LocalKernel, Scores, WorkList
 from longctx.kernels.merge import Partial, accumulator_dtype, empty_partial
-from longctx.kernels.positions import Tile
 from longctx.kernels.precision import without_autocast
 from longctx.kernels.softmax.delta import row_delta
 from longctx.parallel.heads import HeadSplit, to_heads, to_tokens
-from longctx.parallel.plan import Hop, Plan
+from longctx.parallel.plan import Plan
 from longctx.parallel.schedule import KvHeads, Rows, Schedule
 from longctx.parallel.teams import Order, team_order
 from longctx.parallel.transport import Among, Transport
@@ -79,15 +77,8 @@ class Attention(torch.autograd.Function):
         partial = empty_partial(q, v_head_dim=v.shape[-1])
 
         def attend(source: int, kv_heads: KvHeads, k_part: Tensor, v_part: Tensor) -> None:
-            for work in _work(call.plan.key_hops[source], kv_heads, q.shape[2] // k.shape[2]):
-                call.kernel.forward(
-                    q[work.q],
-                    k_part[work.kv],
-                    v_part[work.kv],
-                    tiles=work.tiles,
-                    scores=call.scores,
-                    partial=Partial(partial.out[work.q], partial.lse[work.lse]),
-                )
+            work = call.plan.key_hops[source].work(kv_heads, q.shape[2] // k.shape[2])
+            call.kernel.forward(q, k_part, v_part, work=work, scores=call.scores, partial=partial)
 
         call.schedule.forward(call.ring, call.plan.needs, k, v, attend=attend)
         sink = None
@@ -142,8 +133,8 @@ def _rotate_keys(call: Call, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tensor, 
     def attend(source: int, kv_heads: KvHeads, k_part: Tensor, v_part: Tensor) -> tuple[Tensor, Tensor]:
         dk = torch.zeros(k_part.shape, dtype=wide, device=k_part.device)
         dv = torch.zeros(v_part.shape, dtype=wide, device=v_part.device)
-        hop = call.plan.key_hops[source]
-        _backward(call, hop, kv_heads=kv_heads, group=group, rows=rows, k=k_part, v=v_part, dq=dq, dk=dk, dv=dv)
+        work = call.plan.key_hops[source].work(kv_heads, group)
+        _backward(call, work, rows=rows, k=k_part, v=v_part, dq=dq, dk=dk, dv=dv)
         return dk, dv
 
     dk, dv = call.schedule.backward(call.ring, call.plan.needs, k, v, attend=attend)
@@ -159,8 +150,8 @@ def _rotate_queries(call: Call, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tenso
 
     def attend(source: int, part: Rows) -> Tensor:
         dq = torch.zeros(part.q.shape, dtype=wide, device=k.device)
-        heads = (0, k.shape[2])
-        _backward(call, hops[source], kv_heads=heads, group=group, rows=part, k=k, v=v, dq=dq, dk=dk, dv=dv)
+        work = hops[source].work((0, k.shape[2]), group)
+        _backward(call, work, rows=part, k=k, v=v, dq=dq, dk=dk, dv=dv)
         return dq
 
     dq = call.schedule.backward_queries(call.ring, call.plan.needs, rows, attend=attend, wide=wide)
@@ -168,81 +159,21 @@ def _rotate_queries(call: Call, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tenso
 
 
 def _backward(
-    call: Call,
-    hop: Hop,
-    *,
-    kv_heads: KvHeads,
-    group: int,
-    rows: Rows,
-    k: Tensor,
-    v: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    call: Call, work: WorkList, *, rows: Rows, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
-    lse, delta = rows.lse.transpose(1, 2), rows.delta.transpose(1, 2)
-    for work in _work(hop, kv_heads, group):
-        call.kernel.backward(
-            rows.q[work.q],
-            k[work.kv],
-            v[work.kv],
-            tiles=work.tiles,
-            scores=call.scores,
-            dout=rows.dout[work.q],
-            delta=delta[work.lse],
-            lse=lse[work.lse],
-            dq=dq[work.q],
-            dk=dk[work.kv],
-            dv=dv[work.kv],
-        )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One kernel call: tiles, and the indices of the rows of the batch and the heads that they are for."""
-
-    rows: slice
-    heads: slice
-    kv_heads: slice
-    tiles: tuple[Tile, ...]
-
-    @property
-    def q(self) -> tuple[slice, slice, slice]:
-        """Index `[B, T, H, D]`."""
-        return self.rows, slice(None), self.heads
-
-    @property
-    def kv(self) -> tuple[slice, slice, slice]:
-        """Index `[B, T, HK, D]`."""
-        return self.rows, slice(None), self.kv_heads
-
-    @property
-    def lse(self) -> tuple[slice, slice]:
-        """Index `[B, H, T]`."""
-        return self.rows, self.heads
-
-
-def _work(hop: Hop, kv_heads: KvHeads, group: int) -> Iterator[_Work]:
-    """Yield the kernel calls of a hop for some KV heads, each of whose query heads share them evenly.
-
-    Args:
-        kv_heads: those at hand; `group` query heads read each.
-    """
-    for each in hop.lists:
-        rows = slice(None) if each.rows is None else slice(*each.rows)
-        first, end = kv_heads[0] * group, kv_heads[1] * group
-        if each.heads is not None:
-            first, end = max(first, each.heads[0]), min(end, each.heads[1])
-        while first < end:
-            # Whole groups together; a part of one by itself.
-            stop = end - end % group if first % group == 0 and end - first >= group else min(end, _up(first + 1, group))
-            kv = slice(first // group - kv_heads[0], _up(stop, group) // group - kv_heads[0])
-            yield _Work(rows, slice(first, stop), kv, each.tiles)
-            first = stop
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+    call.kernel.backward(
+        rows.q,
+        k,
+        v,
+        work=work,
+        scores=call.scores,
+        dout=rows.dout,
+        delta=rows.delta.transpose(1, 2),
+        lse=rows.lse.transpose(1, 2),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+    )
 
 
 def _join_sink(partial: Partial, sink: Tensor) -> None:

@@ -4,11 +4,12 @@ Kernels get its tiles, schedules its needs; the trainer, the planner and the tes
 shard, for which nothing is exchanged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from longctx.kernels.contract import Work, WorkList
 from longctx.kernels.mask import HeadMasks, Mask
 from longctx.kernels.positions import Piece, Tile, cut, total_pairs
 from longctx.kernels.tiles import tiles_between
@@ -55,6 +56,21 @@ class Hop:
     def pairs(self) -> int:
         """Return the visible pairs: this hop's work."""
         return sum(each.pairs for each in self.lists)
+
+    def work(self, kv_heads: Span, group: int) -> WorkList:
+        """Return what a kernel is to compute for some KV heads, the same object every time.
+
+        Args:
+            kv_heads: those at hand; `group` query heads read each.
+        """
+        key = (*kv_heads, group)
+        if key not in self._work:
+            self._work[key] = WorkList(tuple(each for part in self.lists for each in _work(part, kv_heads, group)))
+        return self._work[key]
+
+    @cached_property
+    def _work(self) -> dict[tuple[int, int, int], WorkList]:
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +172,23 @@ def _hop(place: _Place, source: int, needed: Span | None, *, queries_travel: boo
             if tiles:
                 lists.append(TileList(rows, heads, tiles))
     return Hop(source, needed, tuple(lists))
+
+
+def _work(part: TileList, kv_heads: Span, group: int) -> Iterator[Work]:
+    """Yield a list's tiles for the query heads that read `kv_heads`: whole groups together, a part of one by itself."""
+    rows = slice(None) if part.rows is None else slice(*part.rows)
+    first, end = kv_heads[0] * group, kv_heads[1] * group
+    if part.heads is not None:
+        first, end = max(first, part.heads[0]), min(end, part.heads[1])
+    while first < end:
+        stop = end - end % group if first % group == 0 and end - first >= group else min(end, _up(first + 1, group))
+        kv = slice(first // group - kv_heads[0], _up(stop, group) // group - kv_heads[0])
+        yield Work(rows, slice(first, stop), kv, part.tiles)
+        first = stop
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _part(strips: tuple[Strip, ...], span: Span) -> list[tuple[int, Strip]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from longctx.kernels.contract import Request, Scores
 from longctx.kernels.merge import Partial, accumulator_dtype, merge_into
 from longctx.kernels.positions import Tile
+from longctx.kernels.softmax.by_lists import ByLists
 from longctx.kernels.tiles import visible
 
 
@@ -50,7 +51,7 @@ def dense_attention(
     return out, lse
 
 
-class ReferenceKernel:
+class ReferenceKernel(ByLists):
     """Tile by tile with the whole score matrix of a tile in memory: for tests and for what nothing else serves."""
 
     name = "reference"
@@ -58,7 +59,7 @@ class ReferenceKernel:
     def unsupported(self, request: Request) -> str | None:
         return None
 
-    def forward(
+    def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, tiles: Sequence[Tile], scores: Scores, partial: Partial
     ) -> None:
         wide = accumulator_dtype(q.dtype)
@@ -74,7 +75,7 @@ class ReferenceKernel:
             )
             merge_into(Partial(partial.out[:, rows], partial.lse[:, :, rows]), out, lse)
 
-    def backward(
+    def _backward(
         self,
         q: Tensor,
         k: Tensor,

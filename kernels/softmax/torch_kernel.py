@@ -10,11 +10,12 @@ from torch import Tensor
 from longctx.kernels.contract import Request, Scores
 from longctx.kernels.merge import Partial, merge_into
 from longctx.kernels.positions import Tile
+from longctx.kernels.softmax.by_lists import ByLists
 from longctx.kernels.softmax.primitive import Primitive
 from longctx.kernels.softmax.rectangles import Rectangle, rectangles
 
 
-class TorchKernel:
+class TorchKernel(ByLists):
     """Serve tiles by splitting them into rectangles for a primitive."""
 
     name = "torch"
@@ -27,7 +28,7 @@ class TorchKernel:
             return "an arbitrary predicate has no band: only the reference kernel evaluates it densely"
         return self._primitive.unsupported(request)
 
-    def forward(
+    def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, tiles: Sequence[Tile], scores: Scores, partial: Partial
     ) -> None:
         q, k, v = (_with_dense_heads(x) for x in (q, k, v))
@@ -36,7 +37,7 @@ class TorchKernel:
             out, lse = self._primitive.forward(q[:, rows], k[:, columns], v[:, columns], shape=shape, scores=scores)
             merge_into(Partial(partial.out[:, rows], partial.lse[:, :, rows]), out, lse)
 
-    def backward(
+    def _backward(
         self,
         q: Tensor,
         k: Tensor,

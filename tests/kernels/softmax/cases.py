@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from longctx.kernels.contract import LocalKernel, Request, Scores
+from longctx.kernels.contract import LocalKernel, Request, Scores, whole
 from longctx.kernels.mask import Mask, causal, documents, full, sliding_window
 from longctx.kernels.merge import empty_partial
 from longctx.kernels.positions import Segment, Tile, cut
@@ -56,12 +56,13 @@ def run(
     kernel: LocalKernel, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: Mask, *, softcap: float | None = None
 ) -> list[Tensor]:
     """Return a kernel's out and lse (float32 or float64) and dq, dk, dv."""
-    tiles, scores = tiles_of(mask, q.shape[1]), Scores(softmax_scale=q.shape[-1] ** -0.5, softcap=softcap)
+    work = whole(tiles_of(mask, q.shape[1]), heads=q.shape[2], kv_heads=k.shape[2])
+    scores = Scores(softmax_scale=q.shape[-1] ** -0.5, softcap=softcap)
     partial = empty_partial(q, v_head_dim=v.shape[-1])
-    kernel.forward(q, k, v, tiles=tiles, scores=scores, partial=partial)
+    kernel.forward(q, k, v, work=work, scores=scores, partial=partial)
     dq, dk, dv = (torch.zeros(x.shape, dtype=partial.out.dtype, device=x.device) for x in (q, k, v))
     delta = row_delta(dout, partial.out.to(q.dtype))
-    kernel.backward(q, k, v, tiles=tiles, scores=scores, dout=dout, delta=delta, lse=partial.lse, dq=dq, dk=dk, dv=dv)
+    kernel.backward(q, k, v, work=work, scores=scores, dout=dout, delta=delta, lse=partial.lse, dq=dq, dk=dk, dv=dv)
     return [partial.out, partial.lse, dq, dk, dv]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longctx.kernels.contract import Request, Scores
+from longctx.kernels.contract import Request, Scores, whole
 from longctx.kernels.mask import causal, predicate
 from longctx.kernels.merge import empty_partial
 from longctx.kernels.positions import Segment, cut
@@ -86,14 +86,15 @@ def test_rows_without_keys_stay_zero_and_give_no_gradient(kernel):
     q, k, v, dout = inputs(4, 2, torch.float64)
     # The queries' shard starts before the keys' shard: the first rows are blind.
     queries, keys = (cut((Segment(start, 1, T),), (0, T + 20)) for start in (0, 20))
-    tiles, scores = tiles_between(queries, keys, mask=causal(), total=T + 20), Scores(softmax_scale=0.25)
+    tiles = tiles_between(queries, keys, mask=causal(), total=T + 20)
+    work, scores = whole(tiles, heads=4, kv_heads=2), Scores(softmax_scale=0.25)
     partial = empty_partial(q, v_head_dim=16)
-    kernel.forward(q, k, v, tiles=tiles, scores=scores, partial=partial)
+    kernel.forward(q, k, v, work=work, scores=scores, partial=partial)
     assert torch.isneginf(partial.lse[:, :, :20]).all() and torch.isfinite(partial.lse[:, :, 20:]).all()
     assert (partial.out[:, :20] == 0).all()
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     delta = row_delta(dout, partial.out)
-    kernel.backward(q, k, v, tiles=tiles, scores=scores, dout=dout, delta=delta, lse=partial.lse, dq=dq, dk=dk, dv=dv)
+    kernel.backward(q, k, v, work=work, scores=scores, dout=dout, delta=delta, lse=partial.lse, dq=dq, dk=dk, dv=dv)
     assert (dq[:, :20] == 0).all()
     assert all(torch.isfinite(x).all() for x in (dq, dk, dv))
     assert (dk[:, T - 20 :] == 0).all() and (dv[:, T - 20 :] == 0).all()
