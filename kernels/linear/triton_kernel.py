@@ -1,11 +1,10 @@
 """Linear attention by Triton kernels: what they serve, and which of them."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from longctx.kernels.linear.contract import Cuts, LinearRequest, LinearWork, gate_of
+from longctx.kernels.triton_common.launch import reason_not_to_run
 from longctx.kernels.triton_common.tile_table import TileTable, arch_of
 
 MAX_HEAD_DIM = 256
@@ -27,12 +26,9 @@ class TritonKernel:
 
     def unsupported(self, request: LinearRequest) -> str | None:
         """Return why a request is not served."""
-        if find_spec("triton") is None:
-            return "triton is not installed"
-        if request.device_type != "cuda" and not _interpreted():
-            return (
-                f"it runs on CUDA devices, and on the CPU under Triton's interpreter only; given {request.device_type}"
-            )
+        reason = reason_not_to_run(request.device_type)
+        if reason is not None:
+            return reason
         if request.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"its matrix products are those of bfloat16, float16 and float32; given {request.dtype}"
         narrow = request.delta and request.dtype == torch.float32
@@ -70,9 +66,3 @@ class TritonKernel:
         from longctx.kernels.linear.triton.decayed import DecayedWork
 
         return DecayedWork(q, k, v, g=g, scale=scale, cuts=cuts, chunk_size=size, entry=entry)
-
-
-def _interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)

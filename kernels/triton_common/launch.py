@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -43,6 +44,17 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _record.reset(token)
+
+
+def reason_not_to_run(device_type: str) -> str | None:
+    """Return why no Triton kernel can run on a kind of device, or None where one can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    if device_type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"it runs on CUDA devices, and on the CPU under Triton's interpreter only; given {device_type}"
+    return None
 
 
 def cdiv(total: int, size: int) -> int:

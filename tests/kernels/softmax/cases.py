@@ -24,13 +24,20 @@ HEADS = [(4, 4), (4, 2), (6, 1)]
 
 
 def inputs(
-    heads: int, kv_heads: int, dtype: torch.dtype, *, head_dim: int = 16, v_head_dim: int | None = None, tokens: int = T
+    heads: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+    *,
+    head_dim: int = 16,
+    v_head_dim: int | None = None,
+    tokens: int = T,
+    batch: int = 2,
 ) -> list[Tensor]:
     """Return random q, k, v, dout."""
     generator = torch.Generator().manual_seed(heads * 10 + kv_heads)
     v_dim = head_dim if v_head_dim is None else v_head_dim
     dims = [(heads, head_dim), (kv_heads, head_dim), (kv_heads, v_dim), (heads, v_dim)]
-    return [torch.randn(2, tokens, *dim, generator=generator, dtype=torch.float64).to(dtype) for dim in dims]
+    return [torch.randn(batch, tokens, *dim, generator=generator, dtype=torch.float64).to(dtype) for dim in dims]
 
 
 def request(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None = None) -> Request:
@@ -83,6 +90,11 @@ def assert_low_precision(kernel: LocalKernel, args: list[Tensor], mask: Mask, *,
     """Apply the rule for low precision to all five results."""
     got, plain = run(kernel, *args, mask, softcap=softcap), dense(*args, mask, softcap=softcap)
     truth = dense(*(x.double() for x in args), mask, softcap=softcap)
+    assert_within_budgets(got, plain, truth)
+
+
+def assert_within_budgets(got: list[Tensor], plain: list[Tensor], truth: list[Tensor]) -> None:
+    """Assert the same of out, lse, dq, dk, dv that are there."""
     for index, name in enumerate(("out", "lse", "dq", "dk", "dv")):
         factor = OUTPUT_FACTOR if index < 2 else GRADIENT_FACTOR
         assert_within_budget(got[index], plain[index], truth[index], factor=factor, name=name)
