@@ -116,6 +116,10 @@ class LocalKernel(Protocol):
         """Return why `request` cannot be served, or None when it can."""
         ...
 
+    def serving(self, work: WorkList) -> str:
+        """Return the name of who computes some work: a kernel may leave parts of its work to others."""
+        ...
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, work: WorkList, scores: Scores, partial: Partial) -> None:
         """Merge the attention of the work's tiles into `partial`."""
         ...

@@ -203,7 +203,7 @@ def context_parallel_attention(
         schedule: a schedule, or its name with default options: see `parallel.registry.resolve_schedule`.
         mask: one for all rows, or a sequence with one per row; default causal. `kernels.mask` has them.
         group: the context-parallel process group; None = this process alone has whole sequences.
-        kernel: `auto`, `torch` or `reference`.
+        kernel: `auto`, `torch`, `triton`, `flash_attn` or `reference`: see `kernels.softmax.op.resolve_kernel`.
         softmax_scale: default `D ** -0.5`.
         softcap: scores s become `softcap * tanh(s / softcap)`.
         sink_logits: `[H]`; its gradient is this rank's share, like any parameter's: sum it over the ranks.

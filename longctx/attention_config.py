@@ -40,7 +40,7 @@ class AttentionConfig:
         sinks: first tokens of each document that stay visible outside the window.
         chunk: a token sees its own chunk of so many tokens only, counted from the document's start; null = no chunks.
         prefix: first tokens of each document that see each other both ways (prefix LM), and are not predicted.
-        kernel: `auto`, `torch` or `reference`: who computes a tile.
+        kernel: who computes tiles: `auto`, `torch`, `triton`, `flash_attn` or `reference` (`kernels.softmax.op`).
         layers: kinds of layers as a pattern such as `gdn*3 + full`, repeated over the depth, or as a list with a kind
             for each; null = all are softmax attention under this mask. The mask's window is that of kind `window`.
         state_layout: which positions a rank owns in linear layers: `same` as in the others, `contiguous` or `zigzag`,

@@ -1,5 +1,6 @@
 """The composition as one autograd function: what a rank does between q, k, v and out, and back."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from longctx.parallel.plan import Plan
 from longctx.parallel.schedule import KvHeads, Rows, Schedule
 from longctx.parallel.teams import Order, team_order
 from longctx.parallel.transport import Among, Transport
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,11 @@ class Attention(torch.autograd.Function):
 
         def attend(source: int, kv_heads: KvHeads, k_part: Tensor, v_part: Tensor) -> None:
             work = call.plan.key_hops[source].work(kv_heads, q.shape[2] // k.shape[2])
+            if _log.isEnabledFor(logging.DEBUG):
+                tiles = sum(len(part.tiles) for part in work.parts)
+                _log.debug(
+                    "K/V heads %s of team %d: %d tiles by %s", kv_heads, source, tiles, call.kernel.serving(work)
+                )
             call.kernel.forward(q, k_part, v_part, work=work, scores=call.scores, partial=partial)
 
         call.schedule.forward(call.ring, call.plan.needs, k, v, attend=attend)

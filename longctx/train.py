@@ -1,5 +1,6 @@
 """The training loop: `torchrun --nproc-per-node N -m longctx.train [overrides]`."""
 
+import logging
 import shlex
 import sys
 import time
@@ -90,6 +91,9 @@ def train(
         ranks = stack.enter_context(Ranks())
         say: Callable[[str], None] = _print if ranks.first else _silent
         ranks.check_equal(config.digest(), what="the configuration")
+        if config.logger.debug and ranks.first:
+            logging.basicConfig(format="%(name)s: %(message)s")
+            logging.getLogger("longctx").setLevel(logging.DEBUG)
         kernels = check_kernel(config, device_type=device.type)
         run = setup(config, degrees=degrees, per_machine=per_machine, device=device, ranks=ranks, say=say)
         config = run.config

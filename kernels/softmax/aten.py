@@ -38,7 +38,9 @@ class CpuFlash:
     Its causal mask is aligned to the top left corner for any shape; its lse is float32 (float64 for float64).
     """
 
+    name = "torch:CpuFlash"
     square_causal = False
+    high_bands = False
 
     def unsupported(self, request: Request) -> str | None:
         if request.softcap:
@@ -97,7 +99,9 @@ class CudaFlash:
     reads grouped K/V itself; for the memory-efficient kernel (float32 and windows) one rectangle's K/V are repeated.
     """
 
+    name = "torch:CudaFlash"
     square_causal = True
+    high_bands = False
 
     def unsupported(self, request: Request) -> str | None:
         if request.softcap:

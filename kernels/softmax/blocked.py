@@ -46,7 +46,9 @@ class _Block:
 class Blocked:
     """Bounded memory, everything but arbitrary predicates."""
 
+    name = "torch:Blocked"
     square_causal = False
+    high_bands = False
 
     def unsupported(self, request: Request) -> str | None:
         return None

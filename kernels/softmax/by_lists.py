@@ -13,6 +13,12 @@ from longctx.kernels.positions import Tile
 class ByLists(ABC):
     """`contract.LocalKernel`'s passes from those of one list; with several each is computed by itself."""
 
+    name: str
+
+    def serving(self, work: WorkList) -> str:
+        """Return who computes the work."""
+        return self.name
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, work: WorkList, scores: Scores, partial: Partial) -> None:
         """Merge the attention of the work's tiles into `partial`."""
         for each in work.parts:

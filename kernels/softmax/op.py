@@ -2,12 +2,15 @@
 
 from longctx.kernels.contract import LocalKernel, Request
 from longctx.kernels.softmax.aten import CpuFlash, CudaFlash
+from longctx.kernels.softmax.auto_kernel import AutoKernel
 from longctx.kernels.softmax.blocked import Blocked
+from longctx.kernels.softmax.flash_attention_2 import FlashAttention2
 from longctx.kernels.softmax.primitive import Primitive
 from longctx.kernels.softmax.reference import ReferenceKernel
 from longctx.kernels.softmax.torch_kernel import TorchKernel
+from longctx.kernels.softmax.triton_kernel import TritonKernel
 
-KERNELS = ("auto", "torch", "reference")
+KERNELS = ("auto", "torch", "triton", "flash_attn", "reference")
 
 
 def choose_primitive(request: Request) -> Primitive:
@@ -24,8 +27,9 @@ def resolve_kernel(name: str, request: Request) -> LocalKernel:
     """Return the kernel that serves `request`.
 
     Args:
-        name: `torch` (everything but predicates), `reference`, or `auto` (the first that serves the request, in that
-            order).
+        name: `torch` (ATen's flash attention and blocks of matrix products), `triton`, `flash_attn` (the package),
+            `reference` (everything, slowly), or `auto`: on a GPU `triton`, and flash-attn or ATen's flash attention for
+            hops that are one plain rectangle; elsewhere `torch`; for predicates `reference`.
 
     Raises:
         ValueError: an unknown name, or a named kernel that cannot serve the request (with its reason).
@@ -34,14 +38,26 @@ def resolve_kernel(name: str, request: Request) -> LocalKernel:
         raise ValueError(f"attention.kernel={name} is not known; known are {', '.join(KERNELS)}")
     candidates: dict[str, LocalKernel] = {
         "torch": TorchKernel(choose_primitive(request)),
+        "triton": TritonKernel(),
+        "flash_attn": TorchKernel(FlashAttention2(), name="flash_attn"),
         "reference": ReferenceKernel(),
     }
+    serving = {key: kernel for key, kernel in candidates.items() if kernel.unsupported(request) is None}
     if name == "auto":
-        return next(kernel for kernel in candidates.values() if kernel.unsupported(request) is None)
-    reason = candidates[name].unsupported(request)
-    if reason is not None:
-        others = [key for key, kernel in candidates.items() if kernel.unsupported(request) is None]
+        return _automatic(serving, request)
+    if name not in serving:
+        reason = candidates[name].unsupported(request)
         raise ValueError(
-            f"attention.kernel={name} cannot serve this: {reason}; set attention.kernel={'|'.join(others)}"
+            f"attention.kernel={name} cannot serve this: {reason}; set attention.kernel={'|'.join(serving)}"
         )
-    return candidates[name]
+    return serving[name]
+
+
+def _automatic(serving: dict[str, LocalKernel], request: Request) -> LocalKernel:
+    if request.device_type != "cuda" or "triton" not in serving:
+        return serving.get("torch", serving["reference"])
+    if "flash_attn" in serving:
+        return AutoKernel(serving["flash_attn"], serving["triton"])
+    # ATen's flash attention, not what stands in for it where it has no softcap, float32 or unequal head dims.
+    library = CudaFlash().unsupported(request) is None and request.dtype.itemsize == 2
+    return AutoKernel(serving["torch"], serving["triton"]) if library else serving["triton"]

@@ -1,4 +1,4 @@
-"""What computes one rectangle for the `torch` kernel: ATen's flash attention (`aten.py`) or `blocked.py`."""
+"""What computes one rectangle: ATen's flash attention (`aten.py`), flash-attn's, or `blocked.py`."""
 
 from typing import Protocol
 
@@ -9,9 +9,14 @@ from longctx.kernels.softmax.rectangles import Rectangle
 
 
 class Primitive(Protocol):
-    """One rectangle's attention: a row of it sees at least one of its keys."""
+    """One rectangle's attention: a row of it sees at least one of its keys.
 
+    `square_causal` and `high_bands` say which rectangles it wants (`rectangles.rectangles`).
+    """
+
+    name: str
     square_causal: bool
+    high_bands: bool
 
     def unsupported(self, request: Request) -> str | None: ...
 

@@ -34,10 +34,11 @@ class Rectangle(Extent):
 
 
 @lru_cache(maxsize=65536)
-def rectangles(tile: Tile, *, square_causal: bool = False) -> tuple[Rectangle, ...]:
+def rectangles(tile: Tile, *, square_causal: bool = False, high_bands: bool = False) -> tuple[Rectangle, ...]:
     """Cover the visible pairs of `tile` exactly once.
 
     Args:
+        high_bands: leave a band whole, for kernels that have windows and need no bias for them.
         square_causal: emit causal rectangles with as many rows as columns only, for kernels that align a causal mask to
             the bottom right corner.
     """
@@ -49,6 +50,8 @@ def rectangles(tile: Tile, *, square_causal: bool = False) -> tuple[Rectangle, .
     column, column_end = max(0, lo), min(m, n + hi)
     k, m, lo, hi = k + column, column_end - column, lo - column, hi - column
     assert n >= 1 and m >= 1, tile
+    if lo > 1 - n and high_bands:
+        return (Rectangle("band", q, n, k, m, lo, hi),)
     if lo > 1 - n:
         return _window_rectangles(q, n, k, m, lo, hi)
     if hi >= m - 1:

@@ -1,4 +1,4 @@
-"""The `torch` kernel: any tile list through a primitive, rectangle by rectangle, partials merged in float32.
+"""The `torch` and `flash_attn` kernels: tiles through a primitive, rectangle by rectangle, merged in float32.
 
 What the primitives round is told in docs/numerics.md: ATen's round each rectangle's results to the input dtype.
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from longctx.kernels.contract import Request, Scores
+from longctx.kernels.contract import Request, Scores, WorkList
 from longctx.kernels.merge import Partial, merge_into
 from longctx.kernels.positions import Tile
 from longctx.kernels.softmax.by_lists import ByLists
@@ -18,10 +18,12 @@ from longctx.kernels.softmax.rectangles import Rectangle, rectangles
 class TorchKernel(ByLists):
     """Serve tiles by splitting them into rectangles for a primitive."""
 
-    name = "torch"
-
-    def __init__(self, primitive: Primitive) -> None:
+    def __init__(self, primitive: Primitive, *, name: str = "torch") -> None:
+        self.name = name
         self._primitive = primitive
+
+    def serving(self, work: WorkList) -> str:
+        return self._primitive.name
 
     def unsupported(self, request: Request) -> str | None:
         if request.predicate:
@@ -72,8 +74,8 @@ class TorchKernel(ByLists):
 
     def _rectangles(self, tiles: Sequence[Tile]) -> list[Rectangle]:
         assert all(tile.predicate is None for tile in tiles), "a rectangle has no predicate"  # see `unsupported`
-        square = self._primitive.square_causal
-        return [shape for tile in tiles for shape in rectangles(tile, square_causal=square)]
+        wanted = {"square_causal": self._primitive.square_causal, "high_bands": self._primitive.high_bands}
+        return [shape for tile in tiles for shape in rectangles(tile, **wanted)]
 
 
 def _with_dense_heads(x: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ class TritonKernel:
             return f"head dims go up to {MAX_HEAD_DIM}; given {request.head_dim} and {request.v_head_dim}"
         return None
 
+    def serving(self, work: WorkList) -> str:
+        return self.name
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, work: WorkList, scores: Scores, partial: Partial) -> None:
         from longctx.kernels.softmax.triton.forward import forward_kernel
 

@@ -28,6 +28,7 @@ class WandbConfig:
 class LoggerConfig:
     """Settings of everything that reports on a run. `metrics.jsonl` and `loss.png` are always written.
 
+    `debug` adds lines at debug level to the console, such as which kernel computes each hop (rank 0).
     `log_every` is the number of steps between two lines on the console and two points in TensorBoard and wandb;
     `metrics.jsonl` and the progress bar get every step. `peak_flops`, in FLOP/s of one device, overrides what MFU is
     a share of.
@@ -35,6 +36,7 @@ class LoggerConfig:
 
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
+    debug: bool = False
     log_every: int = 1
     progress: str = "auto"
     peak_flops: float | None = None

@@ -1,5 +1,6 @@
 """Run the composition on all ranks of a bench, put the shards together, and count what was sent; dense beside it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,14 +9,15 @@ from torch import Tensor
 
 from longctx.kernels.contract import Request
 from longctx.kernels.mask import HeadMasks, Mask
-from longctx.kernels.softmax.op import choose_primitive, resolve_kernel
+from longctx.kernels.softmax.op import resolve_kernel
 from longctx.kernels.softmax.reference import dense_attention
 from longctx.parallel.cost import traffic
 from longctx.parallel.heads import HeadSplit
+from longctx.parallel.plan import plan
 from longctx.parallel.schedule import Sent
 from longctx.parallel.transport import Traffic, Transport
 from longctx.verification.bench import Bench
-from longctx.verification.check_data import attention_of
+from longctx.verification.check_data import attention_of, kernel_for
 from longctx.verification.small import Small
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "d(sink logits)")
@@ -90,7 +92,7 @@ def attend(
     layout, model = small.layout, small.model
 
     def work(transport: Transport) -> tuple[list[Tensor], list[Counted]]:
-        attention = attention_of(small, transport)
+        attention = attention_of(small, transport, problem.q.dtype)
         plan = attention.plan(masks, total=small.total)
         whole = (problem.q, problem.k, problem.v, problem.dout)
         q, k, v, dout = (layout.shard(x, rank=transport.rank, dim=1).to(bench.device) for x in whole)
@@ -141,7 +143,7 @@ def dense(small: Small, problem: Problem, allowed: Tensor, *, dtype: torch.dtype
 
 
 def kernel_name(small: Small, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Return who computes the tiles: the kernel, and for `torch` what it is built on."""
+    """Return who computes the tiles; where hops differ, how many of the first rank's are whose."""
     sharing = small.schedule.teams(small.cp).size
     split = HeadSplit(small.model.num_heads, small.model.num_kv_heads, sharing)
     request = Request(
@@ -154,8 +156,11 @@ def kernel_name(small: Small, *, device: torch.device, dtype: torch.dtype, head_
         softcap=small.model.softcap is not None,
         predicate=any(not mask.banded for mask in small.masks),
     )
-    kernel = resolve_kernel(small.source.attention.kernel, request)
-    return f"torch:{type(choose_primitive(request)).__name__}" if kernel.name == "torch" else kernel.name
+    kernel = resolve_kernel(kernel_for(small, dtype), request)
+    hops = plan(small.layout, tuple(small.masks[:1]), small.schedule, rank=0, total=small.total).hops
+    works = [hop.work((0, request.num_kv_heads), request.num_heads // request.num_kv_heads) for hop in hops]
+    names = Counter(kernel.serving(work) for work in works if work.parts)
+    return next(iter(names)) if len(names) == 1 else ", ".join(f"{count} {name}" for name, count in names.items())
 
 
 def mark(transport: Transport) -> Traffic:

@@ -44,11 +44,16 @@ def check_data(small: Small, bench: Bench) -> list[Finding]:
     ]
 
 
-def attention_of(small: Small, transport: Transport) -> ContextParallelAttention:
+def attention_of(small: Small, transport: Transport, dtype: torch.dtype) -> ContextParallelAttention:
     """Return the attention that training would use, of one rank."""
     return ContextParallelAttention(
-        layout=small.layout, schedule=small.schedule, transport=transport, kernel=small.source.attention.kernel
+        layout=small.layout, schedule=small.schedule, transport=transport, kernel=kernel_for(small, dtype)
     )
+
+
+def kernel_for(small: Small, dtype: torch.dtype) -> str:
+    """Return the configured kernel by name; in float64 one that has it."""
+    return small.attention.kernel if dtype == torch.float64 else small.source.attention.kernel
 
 
 def stack_of(small: Small, transport: Transport) -> Stack:

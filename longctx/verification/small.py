@@ -162,6 +162,9 @@ def shrink(config: Config, *, cp: int, per_machine: int, tokens_per_rank: int | 
     layout = attention.make_layout(cp)
     layout.check_total(total)
     layers, kernels = _small_layers(config, kinds, total=total)
+    if attention.kernel in ("triton", "flash_attn"):
+        kernels.append(f"attention.kernel {attention.kernel} -> auto in float64")
+        attention = dataclasses.replace(attention, kernel="auto")
     states = layout
     if config.attention.layers is not None:
         attention = dataclasses.replace(attention, layers=list(kinds))

@@ -49,7 +49,10 @@ BOUNDS = (0, 10, 15, 40)
         ({"sinks": 4}, "attention.sinks=4 keeps tokens visible outside a window; set attention.window, or sinks=0"),
         ({"window": 4, "head_windows": [4, None]}, "attention.window and attention.head_windows exclude each other"),
         ({"head_windows": [4, 0]}, "attention.head_windows must be >= 1 or null each"),
-        ({"kernel": "cuda"}, "attention.kernel=cuda is not known; known are auto, torch, reference"),
+        (
+            {"kernel": "cuda"},
+            "attention.kernel=cuda is not known; known are auto, torch, triton",
+        ),
         ({"layers": "gdm"}, "attention.layers: 'gdm' is no kind of layer"),
         (
             {"layers": "gdn", "window": 64},

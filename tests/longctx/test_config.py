@@ -103,7 +103,7 @@ def test_config_files_name_every_key_of_their_group():
         (["attention=zigzag", "attention.width=8"], ["attention.width=8 needs attention.layout=striped"]),
         (["attention=striped", "attention.schedule=local"], ["attention.schedule=local", "contiguous"]),
         (["attention.causal=false"], ["unknown key 'attention.causal'"]),
-        (["attention.kernel=triton"], ["attention.kernel=triton", "auto, torch, reference"]),
+        (["attention.kernel=cutlass"], ["attention.kernel=cutlass", "auto, torch, triton, flash_attn, reference"]),
         (["attention.layers=gdm"], ["attention.layers: 'gdm' is no kind of layer", "gdn", "lightning"]),
         (["attention=gdn_3_1", "model.num_layers=6"], ["model.num_layers=6", "4 or 8"]),
         (["mixers.gdn.conv=3"], ["mixers.gdn.conv=3 has no effect", "no layer 'gdn'"]),

@@ -134,7 +134,7 @@ def test_selection():
         "evaluates it densely; set attention.kernel=reference",
     ):
         resolve_kernel("torch", ask(predicate=True))
-    with pytest.raises(ValueError, match="attention.kernel=flash is not known; known are auto, torch, reference"):
+    with pytest.raises(ValueError, match="flash is not known; known are auto, torch, triton, flash_attn, reference"):
         resolve_kernel("flash", ask())
     with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads; given 4 and 3"):
         ask(num_kv_heads=3)

@@ -1,0 +1,108 @@
+"""The flash-attn package, version 2, as a primitive: (q, k, v, mask kind) -> (out, lse) and its backward, on CUDA.
+
+Its causal mask and its windows are aligned to the bottom right corner; a window (left, right) lets row i of n see the
+columns from i + m - n - left to i + m - n + right of m. Grouped K/V and softcaps are its own. It rounds out, dq, dk and
+dv of a rectangle to the input dtype.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from longctx.kernels.contract import Request, Scores
+from longctx.kernels.softmax.delta import stand_in_out
+from longctx.kernels.softmax.rectangles import Rectangle
+
+INSTALL = "pip install flash-attn --no-build-isolation"
+
+
+class FlashAttention2:
+    """flash-attn's `_flash_attn_forward` and `_flash_attn_backward` (2.7.3 to 2.8), deterministic."""
+
+    name = "flash_attn"
+    square_causal = True
+    high_bands = True
+
+    def unsupported(self, request: Request) -> str | None:
+        if find_spec("flash_attn") is None:
+            return f"flash-attn is not installed ({INSTALL})"
+        if request.device_type != "cuda":
+            return f"flash-attn needs a CUDA device; the tensors are on {request.device_type}"
+        if request.dtype not in (torch.bfloat16, torch.float16):
+            return f"flash-attn takes bfloat16 and float16; given {request.dtype}"
+        if request.head_dim != request.v_head_dim or request.head_dim % 8 or request.head_dim > 256:
+            return (
+                "flash-attn needs equal head dims for q and v, a multiple of 8 and at most 256; "
+                f"given {request.head_dim} and {request.v_head_dim}"
+            )
+        return None
+
+    def row_term(self, dout: Tensor, delta: Tensor) -> Tensor:
+        return stand_in_out(dout, delta)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scores: Scores) -> tuple[Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_forward
+
+        left, right = _window(shape)
+        out, lse, *_ = _flash_attn_forward(
+            q,
+            k,
+            v,
+            dropout_p=0.0,
+            softmax_scale=scores.softmax_scale,
+            causal=shape.kind == "causal",
+            window_size_left=left,
+            window_size_right=right,
+            softcap=scores.softcap or 0.0,
+            alibi_slopes=None,
+            return_softmax=False,
+        )
+        return out, lse[:, :, : q.shape[1]]
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        shape: Rectangle,
+        scores: Scores,
+        dout: Tensor,
+        row_term: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_backward
+
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        left, right = _window(shape)
+        _flash_attn_backward(
+            dout.contiguous(),
+            q,
+            k,
+            v,
+            row_term.contiguous(),
+            lse.contiguous(),
+            dq,
+            dk,
+            dv,
+            dropout_p=0.0,
+            softmax_scale=scores.softmax_scale,
+            causal=shape.kind == "causal",
+            window_size_left=left,
+            window_size_right=right,
+            softcap=scores.softcap or 0.0,
+            alibi_slopes=None,
+            deterministic=True,
+        )
+        return dq, dk, dv
+
+
+def _window(shape: Rectangle) -> tuple[int, int]:
+    """Return (left, right) of a rectangle, (-1, -1) for none; both ends of a band meet the last row (`rectangles`)."""
+    if shape.kind != "band":
+        return -1, -1
+    corner = shape.k_count - shape.q_count
+    assert shape.lo <= corner <= shape.hi, shape
+    return corner - shape.lo, shape.hi - corner
