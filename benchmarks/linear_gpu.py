@@ -12,16 +12,14 @@ every round's times, and PNG go to --out.
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from _device import clock, surroundings, timed
 from _linear_passes import KINDS, Inputs, LinearPass, alone, make_inputs
-from _ranks import WRONG, environment, write_report
+from _ranks import WRONG, write_report
 
 from longctx.kernels.linear.fla_kernel import FlaKernel
 from longctx.kernels.linear.op import linear_request, resolve_kernel
@@ -51,7 +49,7 @@ def main() -> None:
     ]
     for reason in sorted({row["no fla"] for row in rows if row["no fla"]}):
         print(f"left out: {reason}")
-    report = {"environment": surroundings(device), "rounds": options.rounds, "rows": rows}
+    report = {"environment": surroundings(device, PEER), "rounds": options.rounds, "rows": rows}
     write_report(options.out, report)
     draw(rows, options.out.with_suffix(".png"), report["environment"]["device"])
     print(f"written to {options.out} and {options.out.with_suffix('.png')}")
@@ -82,7 +80,7 @@ def measure(
     try:
         passes = {column: LinearPass(op, inputs) for column, op in columns.items()}
         compare(kind, passes, row["dtype"])
-        times = timed(passes, clock(device), options)
+        times = timed(passes, clock(device), warm_up=options.warm_up, rounds=options.rounds)
     except torch.OutOfMemoryError:
         print(f"{kind:11} {label(shape):22} does not fit into this device's memory")
         return None
@@ -121,43 +119,6 @@ def compare(kind: str, passes: dict[str, LinearPass], dtype: str) -> None:
             raise RuntimeError(f"{kind}: ours and {PEER}'s differ by {error:.1e}: not timed")
 
 
-Clock = Callable[[tuple[Callable[[], None], ...]], list[float]]
-
-
-def clock(device: torch.device) -> Clock:
-    """Return what runs some steps and says how many milliseconds each took on the device."""
-
-    def by_events(steps: tuple[Callable[[], None], ...]) -> list[float]:
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
-        marks[0].record()
-        for step, mark in zip(steps, marks[1:], strict=True):
-            step()
-            mark.record()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in pairwise(marks)]
-
-    def by_hand(steps: tuple[Callable[[], None], ...]) -> list[float]:
-        times = []
-        for step in steps:
-            started = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - started))
-        return times
-
-    return by_hand if device.type == "cpu" else by_events
-
-
-def timed(passes: dict[str, LinearPass], measured: Clock, options: argparse.Namespace) -> dict[str, list[list[float]]]:
-    """Return [forward, backward] milliseconds of every round after the warm-up; the columns take turns."""
-    times: dict[str, list[list[float]]] = {column: [] for column in passes}
-    for turn in range(options.warm_up + options.rounds):
-        for column, one in passes.items():
-            taken = measured((one.forward, one.backward))
-            if turn >= options.warm_up:
-                times[column].append(taken)
-    return times
-
-
 def label(shape: list[int] | tuple[int, ...]) -> str:
     """Name a shape."""
     return "B{} T{} H{} D{}".format(*shape)
@@ -179,12 +140,6 @@ def line(row: dict[str, Any]) -> str:
     if "fla" in row:
         parts.append(f"ratio {total(row, 'fla') / total(row, 'ours'):.2f}")
     return "  ".join(parts)
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """Say what this was measured on."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU: a smoke test, no measurement"
-    return {"device": name, **environment(PEER, "triton")}
 
 
 def draw(rows: list[dict[str, Any]], path: Path, device: str) -> None:

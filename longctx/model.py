@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longctx import liger
 from longctx.mixers.config import SoftmaxMixerConfig
 from longctx.mixers.initial import mixer_weight
 from longctx.mixers.layers import Layers
@@ -38,6 +39,7 @@ class ModelConfig:
         sink_logits: learn a logit per head and block that takes part in the softmax and has no value (gpt-oss).
         tie_embeddings: use the embedding as output projection.
         init_std: standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers).
+        ops: `torch`, or `liger` for fused RMSNorm, SwiGLU and cross-entropy.
     """
 
     vocab_size: int | None = None
@@ -54,6 +56,7 @@ class ModelConfig:
     sink_logits: bool = False
     tie_embeddings: bool = False
     init_std: float = 0.02
+    ops: str = "torch"
 
     @property
     def head_size(self) -> int:
@@ -75,6 +78,8 @@ class ModelConfig:
             raise ValueError(f"model.head_dim must be >= 1 or null; given {self.head_dim}")
         if self.qk_norm not in ("none", "head"):
             raise ValueError(f"model.qk_norm={self.qk_norm} is not known; known are none, head")
+        if self.ops not in liger.OPS:
+            raise ValueError(f"model.ops={self.ops} is not known; known are {', '.join(liger.OPS)}")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"model.softcap must be > 0 and finite, or null; given {self.softcap}")
         for name in ("rope_theta", "norm_eps", "init_std"):
@@ -133,10 +138,12 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.ops = config.ops
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(liger.silu_mul(gate, up) if self.ops == "liger" else F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -144,9 +151,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps, ops=config.ops)
         self.attention = _mixer(config, layers, index)
-        self.mlp_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.dim, eps=config.norm_eps, ops=config.ops)
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, *, rope: RopeTable | None, place: Place) -> Tensor:
@@ -168,7 +175,7 @@ class Decoder(nn.Module):
         blocks = [Block(config, layers, index) for index in range(config.num_layers)]
         self.blocks = nn.ModuleList(blocks)
         self._rope_sizes = [block.attention.rope_dim for block in blocks]
-        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps, ops=config.ops)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight

@@ -4,18 +4,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longctx import liger
+
 HEAD_NORMS = ("none", "rms", "simple_rms", "layer")
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in at least float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    """x / rms(x) * weight, computed in at least float32 (Zhang and Sennrich, arXiv 1910.07467).
 
-    def __init__(self, size: int, *, eps: float) -> None:
+    Args:
+        ops: `torch`, or `liger` for its fused kernel.
+    """
+
+    def __init__(self, size: int, *, eps: float, ops: str = "torch") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.ops = eps, ops
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.ops == "liger":
+            return liger.rms_norm(x, self.weight, eps=self.eps)
         return _over_rms(x, self.eps) * self.weight
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longctx import liger
 from longctx.attention_config import MASK_KEYS, AttentionConfig
 from longctx.batch import BatchSource
 from longctx.checkpoint.checkpointer import Checkpointer
@@ -81,6 +82,10 @@ def check_kernel(config: Config, *, device_type: str) -> dict[str, str]:
     All softmax layers, whatever their kind, are computed by the one that stands under `softmax`.
     """
     layers, model, dtype = config.layers, config.model, DTYPES[config.engine.dtype]
+    if model.ops == "liger":
+        reason = liger.unsupported(device_type=device_type, dtype=config.engine.dtype)
+        if reason is not None:
+            raise ValueError(f"model.ops=liger cannot be used: {reason}; set model.ops=torch")
     kernels: dict[str, str] = {}
     if layers.softmax:
         request = Request(
@@ -273,9 +278,12 @@ def mask_changes(saved: dict[str, Any], attention: AttentionConfig) -> list[str]
 
 
 def model_shape(run: Run) -> dict[str, Any]:
-    """Return what decides the model's arithmetic; a run continues only with the same. Initial weights do not matter."""
+    """Return what decides the model's arithmetic; a run continues only with the same.
+
+    Initial weights do not matter, nor does who computes what.
+    """
     shape = {**dataclasses.asdict(run.model), "head_dim": run.model.head_size}
-    del shape["init_std"]
+    del shape["init_std"], shape["ops"]
     return shape
 
 

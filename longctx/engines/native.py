@@ -126,7 +126,7 @@ class NativeEngine:
 
     def _loss_sum(self, batch: MicroBatch) -> Tensor:
         logits = self.model(batch.tokens, places=self._stack.places(batch.plan))
-        return token_loss_sum(logits, batch.labels)
+        return token_loss_sum(logits, batch.labels, ops=self._stack.model.ops)
 
     def _sum(self, counts: Sequence[int]) -> list[int]:
         """Sum integers over all ranks."""

@@ -165,6 +165,9 @@ def shrink(config: Config, *, cp: int, per_machine: int, tokens_per_rank: int | 
     if attention.kernel in ("triton", "flash_attn"):
         kernels.append(f"attention.kernel {attention.kernel} -> auto in float64")
         attention = dataclasses.replace(attention, kernel="auto")
+    if config.model.ops != "torch":
+        kernels.append(f"model.ops {config.model.ops} -> torch")
+        model = dataclasses.replace(model, ops="torch")
     states = layout
     if config.attention.layers is not None:
         attention = dataclasses.replace(attention, layers=list(kinds))

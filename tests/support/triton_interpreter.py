@@ -1,11 +1,9 @@
-"""Make Triton's interpreter compute bfloat16 as devices do, and be used by several threads.
+"""Make Triton's interpreter compute bfloat16 as devices do.
 
 It keeps bfloat16 as 16-bit integers. Its `dot` multiplies these (Triton 3.7), and its conversion from float32 cuts
-digits off instead of rounding to nearest even. Which program runs is in a global variable: simulated ranks, which are
-threads, take turns.
+digits off instead of rounding to nearest even.
 """
 
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 
 
 def repair() -> None:
-    """Replace them; for the process, whose Triton must be in interpreter mode."""
+    """Replace both by what torch does; for the process, whose Triton must be in interpreter mode."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -37,12 +35,5 @@ def repair() -> None:
         ]
         return dot(self, *wide, d, input_precision, max_num_imprecise_acc)
 
-    run, turn = interpreter.GridExecutor.__call__, Lock()
-
-    def run_alone(self: Any, *args: Any, **options: Any) -> Any:
-        with turn:
-            return run(self, *args, **options)
-
-    interpreter.GridExecutor.__call__ = run_alone
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot

@@ -1,4 +1,4 @@
-"""Every line of the tables of softmax attention, compiled for its architecture by Triton's compiler: no GPU is needed."""
+"""Every line of the tables of softmax attention, compiled for its architecture by Triton's compiler, without a GPU."""
 
 import pytest
 import torch
