@@ -19,7 +19,10 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--readme", type=Path, default=Path(__file__).parents[1] / "README.md")
     options = parser.parse_args()
-    text = replaced(options.readme.read_text(), options.results.stem, table(json.loads(options.results.read_text())))
+    report = json.loads(options.results.read_text())
+    if "smoke" in report["environment"]["device"]:
+        raise SystemExit(f"{options.results} is a smoke test on a CPU: no measurement")
+    text = replaced(options.readme.read_text(), options.results.stem, table(report))
     options.readme.write_text(text)
 
 
@@ -39,7 +42,7 @@ def table(report: dict[str, Any]) -> str:
     found = {(row["problem"], row["column"]): row for row in rows}
     where, settings = report["environment"], report["settings"]
     lines = [
-        f"{where['device']}, torch {where['torch']}, triton {where['triton']}, at {where['longctx']}; bfloat16, "
+        f"{where['device']}, torch {where['torch']}, triton {where['triton']}, at {where['longctx']}; {settings['dtype']}, "
         f"{settings['heads']} heads ({settings['kv_heads']} KV heads) of {settings['head_dim']}; TFLOP/s, forward + "
         f"backward, and % of a matrix product's {peak / 1e12:.0f}:",
         "",

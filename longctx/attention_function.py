@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from longctx.parallel.teams import Order, team_order
 from longctx.parallel.transport import Among, Transport
 
 _log = logging.getLogger(__name__)
+_told: "WeakKeyDictionary[WorkList, set[str]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +83,7 @@ class Attention(torch.autograd.Function):
 
         def attend(source: int, kv_heads: KvHeads, k_part: Tensor, v_part: Tensor) -> None:
             work = call.plan.key_hops[source].work(kv_heads, q.shape[2] // k.shape[2])
-            if _log.isEnabledFor(logging.DEBUG):
-                tiles = sum(len(part.tiles) for part in work.parts)
-                _log.debug(
-                    "K/V heads %s of team %d: %d tiles by %s", kv_heads, source, tiles, call.kernel.serving(work)
-                )
+            _tell("forward", source, work, call.kernel)
             call.kernel.forward(q, k_part, v_part, work=work, scores=call.scores, partial=partial)
 
         call.schedule.forward(call.ring, call.plan.needs, k, v, attend=attend)
@@ -142,6 +140,7 @@ def _rotate_keys(call: Call, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tensor, 
         dk = torch.zeros(k_part.shape, dtype=wide, device=k_part.device)
         dv = torch.zeros(v_part.shape, dtype=wide, device=v_part.device)
         work = call.plan.key_hops[source].work(kv_heads, group)
+        _tell("backward", source, work, call.kernel)
         _backward(call, work, rows=rows, k=k_part, v=v_part, dq=dq, dk=dk, dv=dv)
         return dk, dv
 
@@ -159,6 +158,7 @@ def _rotate_queries(call: Call, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tenso
     def attend(source: int, part: Rows) -> Tensor:
         dq = torch.zeros(part.q.shape, dtype=wide, device=k.device)
         work = hops[source].work((0, k.shape[2]), group)
+        _tell("backward, its queries", source, work, call.kernel)
         _backward(call, work, rows=part, k=k, v=v, dq=dq, dk=dk, dv=dv)
         return dq
 
@@ -182,6 +182,14 @@ def _backward(
         dk=dk,
         dv=dv,
     )
+
+
+def _tell(what: str, source: int, work: WorkList, kernel: LocalKernel) -> None:
+    """Log who computes a hop, once for each work and pass."""
+    if _log.isEnabledFor(logging.DEBUG) and what not in (told := _told.setdefault(work, set())):
+        told.add(what)
+        tiles = sum(len(part.tiles) for part in work.parts)
+        _log.debug("%s, shard of %d: %d tiles by %s", what, source, tiles, kernel.serving(work))
 
 
 def _join_sink(partial: Partial, sink: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Row-wise operations by Liger-Kernel's fused Triton kernels (arXiv 2410.10989), where `model.ops=liger`.
 
-The same results as torch's, in less memory: no float32 copies of 16-bit inputs, and gradients written where inputs
+The same results as torch's, in less memory: no float32 copies of norms' inputs, and gradients written where inputs
 were. RoPE stays with torch, and so do norms of heads.
 """
 
@@ -38,7 +38,10 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def loss_sum(logits: Tensor, labels: Tensor, *, ignored: int) -> Tensor:
-    """Return the summed cross-entropy of logits `[N, V]`, which may be overwritten, and labels `[N]`."""
+    """Return the summed cross-entropy of logits `[N, V]`, which may be overwritten, and labels `[N]`.
+
+    In the logits' dtype, and so are the sums: they must be float32.
+    """
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     loss: Tensor = LigerCrossEntropyFunction.apply(logits, labels, None, ignored, 0.0, 0.0, "sum")[0]

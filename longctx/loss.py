@@ -20,8 +20,8 @@ def token_loss_sum(logits: Tensor, labels: Tensor, *, ops: str = "torch") -> Ten
         A scalar; 0 with zero gradients where nothing counts.
     """
     logits = logits.flatten(0, 1)
-    if ops == "liger":
-        return liger.loss_sum(logits, labels.flatten(), ignored=IGNORED)
     if logits.dtype.itemsize < 4:
         logits = logits.float()
+    if ops == "liger":
+        return liger.loss_sum(logits, labels.flatten(), ignored=IGNORED)
     return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")

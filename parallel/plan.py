@@ -64,12 +64,12 @@ class Hop:
             kv_heads: those at hand; `group` query heads read each.
         """
         key = (*kv_heads, group)
-        if key not in self._work:
-            self._work[key] = WorkList(tuple(each for part in self.lists for each in _work(part, kv_heads, group)))
-        return self._work[key]
+        if key not in self._made:
+            self._made[key] = WorkList(tuple(each for part in self.lists for each in _by_groups(part, kv_heads, group)))
+        return self._made[key]
 
     @cached_property
-    def _work(self) -> dict[tuple[int, int, int], WorkList]:
+    def _made(self) -> dict[tuple[int, int, int], WorkList]:
         return {}
 
 
@@ -174,7 +174,7 @@ def _hop(place: _Place, source: int, needed: Span | None, *, queries_travel: boo
     return Hop(source, needed, tuple(lists))
 
 
-def _work(part: TileList, kv_heads: Span, group: int) -> Iterator[Work]:
+def _by_groups(part: TileList, kv_heads: Span, group: int) -> Iterator[Work]:
     """Yield a list's tiles for the query heads that read `kv_heads`: whole groups together, a part of one by itself."""
     rows = slice(None) if part.rows is None else slice(*part.rows)
     first, end = kv_heads[0] * group, kv_heads[1] * group

@@ -9,7 +9,7 @@ from longctx.kernels.softmax.rectangles import rectangles
 
 
 class AutoKernel:
-    """Choose call by call.
+    """Choose call by call; its methods are those of `contract.LocalKernel`.
 
     Args:
         plain: for work of which every part is one full or one square causal rectangle.

@@ -5,7 +5,7 @@ columns from i + m - n - left to i + m - n + right of m. Grouped K/V and softcap
 dv of a rectangle to the input dtype.
 """
 
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -15,20 +15,24 @@ from longctx.kernels.softmax.delta import stand_in_out
 from longctx.kernels.softmax.rectangles import Rectangle
 
 INSTALL = "pip install flash-attn --no-build-isolation"
+OLDEST, NEWEST = (2, 7, 3), (2, 9)
 
 
 class FlashAttention2:
-    """flash-attn's `_flash_attn_forward` and `_flash_attn_backward` (2.7.3 to 2.8), deterministic."""
+    """flash-attn's `_flash_attn_forward` and `_flash_attn_backward`, deterministic; see `primitive.Primitive`."""
 
     name = "flash_attn"
     square_causal = True
     high_bands = True
 
     def unsupported(self, request: Request) -> str | None:
-        if find_spec("flash_attn") is None:
-            return f"flash-attn is not installed ({INSTALL})"
+        reason = _missing()
+        if reason is not None:
+            return reason
         if request.device_type != "cuda":
             return f"flash-attn needs a CUDA device; the tensors are on {request.device_type}"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+            return "flash-attn needs a GPU of compute capability 8.0 or later"
         if request.dtype not in (torch.bfloat16, torch.float16):
             return f"flash-attn takes bfloat16 and float16; given {request.dtype}"
         if request.head_dim != request.v_head_dim or request.head_dim % 8 or request.head_dim > 256:
@@ -97,6 +101,18 @@ class FlashAttention2:
             deterministic=True,
         )
         return dq, dk, dv
+
+
+def _missing() -> str | None:
+    """Return why the package is not there; others have its name for a folder of theirs."""
+    try:
+        found = version("flash-attn")
+    except PackageNotFoundError:
+        return f"flash-attn is not installed ({INSTALL})"
+    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:3] if part.isdigit())
+    if not OLDEST <= numbers < NEWEST:
+        return f"flash-attn 2.7.3 to 2.8 is needed; {found} is installed"
+    return None
 
 
 def _window(shape: Rectangle) -> tuple[int, int]:

@@ -24,9 +24,13 @@ class Primitive(Protocol):
         """Return delta `[B, H, T]` in the form that `backward` takes, tokens in dim 1: once for all rectangles."""
         ...
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scores: Scores
-    ) -> tuple[Tensor, Tensor]: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, shape: Rectangle, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Return out `[B, n, H, Dv]`, in q's dtype or wider, and lse `[B, H, n]`, float32 (float64 for float64).
+
+        Args:
+            q: `[B, n, H, D]`, the rectangle's rows; k: `[B, m, HK, D]` and v: `[B, m, HK, Dv]`, its columns.
+        """
+        ...
 
     def backward(
         self,
@@ -39,4 +43,12 @@ class Primitive(Protocol):
         dout: Tensor,
         row_term: Tensor,
         lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk, dv, in q's dtype or wider.
+
+        Args:
+            dout: `[B, n, H, Dv]`.
+            row_term: the rows of what `row_term` returned.
+            lse: `[B, H, n]`, of all hops.
+        """
+        ...

@@ -38,9 +38,9 @@ def rectangles(tile: Tile, *, square_causal: bool = False, high_bands: bool = Fa
     """Cover the visible pairs of `tile` exactly once.
 
     Args:
-        high_bands: leave a band whole, for kernels that have windows and need no bias for them.
         square_causal: emit causal rectangles with as many rows as columns only, for kernels that align a causal mask to
             the bottom right corner.
+        high_bands: leave a band whole, for kernels that have windows and need no bias for them.
     """
     n, m, lo, hi = tile.q_count, tile.k_count, tile.lo, tile.hi
     q, k = tile.q_begin, tile.k_begin

@@ -11,6 +11,7 @@ from longctx.kernels.contract import Request, Scores, WorkList
 from longctx.kernels.merge import Partial, merge_into
 from longctx.kernels.positions import Tile
 from longctx.kernels.softmax.by_lists import ByLists
+from longctx.kernels.softmax.memory import dense_heads
 from longctx.kernels.softmax.primitive import Primitive
 from longctx.kernels.softmax.rectangles import Rectangle, rectangles
 
@@ -23,6 +24,7 @@ class TorchKernel(ByLists):
         self._primitive = primitive
 
     def serving(self, work: WorkList) -> str:
+        """Return the primitive's name."""
         return self._primitive.name
 
     def unsupported(self, request: Request) -> str | None:
@@ -33,7 +35,7 @@ class TorchKernel(ByLists):
     def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, tiles: Sequence[Tile], scores: Scores, partial: Partial
     ) -> None:
-        q, k, v = (_with_dense_heads(x) for x in (q, k, v))
+        q, k, v = (dense_heads(x) for x in (q, k, v))
         for shape in self._rectangles(tiles):
             rows, columns = shape.rows, shape.columns
             out, lse = self._primitive.forward(q[:, rows], k[:, columns], v[:, columns], shape=shape, scores=scores)
@@ -54,7 +56,7 @@ class TorchKernel(ByLists):
         dk: Tensor,
         dv: Tensor,
     ) -> None:
-        q, k, v, dout = (_with_dense_heads(x) for x in (q, k, v, dout))
+        q, k, v, dout = (dense_heads(x) for x in (q, k, v, dout))
         row_term = self._primitive.row_term(dout, delta)
         for shape in self._rectangles(tiles):
             rows, columns = shape.rows, shape.columns
@@ -76,8 +78,3 @@ class TorchKernel(ByLists):
         assert all(tile.predicate is None for tile in tiles), "a rectangle has no predicate"  # see `unsupported`
         wanted = {"square_causal": self._primitive.square_causal, "high_bands": self._primitive.high_bands}
         return [shape for tile in tiles for shape in rectangles(tile, **wanted)]
-
-
-def _with_dense_heads(x: Tensor) -> Tensor:
-    """Return x with its last dim contiguous: ATen's flash kernels read it so, whatever its stride, and do not check."""
-    return x if x.stride(-1) == 1 else x.contiguous()

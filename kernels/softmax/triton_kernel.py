@@ -7,7 +7,8 @@ from torch import Tensor
 
 from longctx.kernels.contract import Request, Scores, WorkList
 from longctx.kernels.merge import Partial
-from longctx.kernels.softmax.triton.table import Shape, Table, key_table, query_table
+from longctx.kernels.softmax.memory import dense_heads
+from longctx.kernels.softmax.triton.table import Sizes, Table, key_table, query_table
 from longctx.kernels.softmax.triton.tile_table import Blocks, Entry, SoftmaxTable, table_of
 from longctx.kernels.triton_common.launch import launch, reason_not_to_run
 from longctx.kernels.triton_common.tile_table import arch_of, block
@@ -32,6 +33,7 @@ class TritonKernel:
         self.tiles = tiles
 
     def unsupported(self, request: Request) -> str | None:
+        """Return why a request is not served."""
         reason = reason_not_to_run(request.device_type)
         if reason is not None:
             return reason
@@ -44,14 +46,16 @@ class TritonKernel:
         return None
 
     def serving(self, work: WorkList) -> str:
+        """Return the kernel's name: it serves all work."""
         return self.name
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, work: WorkList, scores: Scores, partial: Partial) -> None:
         from longctx.kernels.softmax.triton.forward import forward_kernel
 
-        q, k, v = (_with_dense_heads(x) for x in (q, k, v))
+        q, k, v = (dense_heads(x) for x in (q, k, v))
+        _check(partial.out)
         entry = self._entry(q, v)
-        table = query_table(work, _shape(q, k, entry.forward), q.device)
+        table = query_table(work, _sizes(q, k, entry.forward), q.device)
         tensors = {"q": q, "k": k, "v": v, "out": partial.out, "lse": partial.lse}
         arguments = tensors | _strides(q=q, k=k, v=v, o=partial.out) | _row_strides(l=partial.lse)
         _launch(forward_kernel, table, arguments, q, v, entry, entry.forward, scores, table_rows=q.shape[1])
@@ -73,16 +77,17 @@ class TritonKernel:
     ) -> None:
         from longctx.kernels.softmax.triton.backward import key_gradients_kernel, query_gradient_kernel
 
-        q, k, v, dout = (_with_dense_heads(x) for x in (q, k, v, dout))
+        q, k, v, dout = (dense_heads(x) for x in (q, k, v, dout))
+        _check(dq, dk, dv)
         entry = self._entry(q, v)
         arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta}
         arguments |= _strides(q=q, k=k, v=v, o=dout) | _row_strides(l=lse, e=delta)
         arguments["scale"] = scores.softmax_scale
-        table = query_table(work, _shape(q, k, entry.dq), q.device)
+        table = query_table(work, _sizes(q, k, entry.dq), q.device)
         mine = arguments | {"dq": dq} | _strides(g=dq)
         _launch(query_gradient_kernel, table, mine, q, v, entry, entry.dq, scores, table_rows=q.shape[1])
-        blocks = entry.key_gradients(softcap=scores.softcap is not None)
-        table = key_table(work, _shape(q, k, blocks), q.device)
+        blocks = entry.key_gradients(softcap=scores.softcap is not None, head_dims=(q.shape[-1], v.shape[-1]))
+        table = key_table(work, _sizes(q, k, blocks), q.device)
         mine = arguments | {"dk": dk, "dv": dv} | _strides(g=dk, w=dv)
         _launch(key_gradients_kernel, table, mine, q, v, entry, blocks, scores, table_rows=k.shape[1])
 
@@ -91,8 +96,8 @@ class TritonKernel:
         return tiles.entry(q.dtype, q.shape[-1], v.shape[-1])
 
 
-def _shape(q: Tensor, k: Tensor, blocks: Blocks) -> Shape:
-    return Shape(q.shape[0], q.shape[1], k.shape[1], blocks.queries, blocks.keys, _programs(blocks, q.device))
+def _sizes(q: Tensor, k: Tensor, blocks: Blocks) -> Sizes:
+    return Sizes(q.shape[0], q.shape[1], k.shape[1], blocks.queries, blocks.keys, _programs(blocks, q.device))
 
 
 def _programs(blocks: Blocks, device: torch.device) -> int | None:
@@ -142,6 +147,12 @@ def _launch(
         )
 
 
+def _check(*accumulators: Tensor) -> None:
+    """Kernels write to them in place: what they assume must hold."""
+    for x in accumulators:
+        assert x.stride(-1) == 1 and x.dtype == torch.float32, (x.shape, x.stride(), x.dtype)
+
+
 def _strides(**tensors: Tensor) -> dict[str, int]:
     """Return the strides of `[B, T, H, D]` tensors as kernels name them; D's is 1."""
     return {f"{name}{dim}": x.stride(place) for name, x in tensors.items() for place, dim in enumerate("bth")}
@@ -150,7 +161,3 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 def _row_strides(**tensors: Tensor) -> dict[str, int]:
     """Return the strides of `[B, H, T]` tensors as kernels name them."""
     return {f"{name}{dim}": x.stride(place) for name, x in tensors.items() for place, dim in enumerate("bht")}
-
-
-def _with_dense_heads(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

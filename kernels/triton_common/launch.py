@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -27,11 +29,13 @@ _record: ContextVar[list[Launch] | None] = ContextVar("record", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], *, warps: int, stages: int) -> None:
-    """Launch a Triton kernel on the current device, or record the launch inside of `recorded`."""
+    """Launch a Triton kernel on the device of its tensors, or record the launch inside of `recorded`."""
     record = _record.get()
     if record is not None:
         record.append(Launch(kernel, grid, dict(arguments), warps, stages))
-    else:
+        return
+    tensor = next(x for x in arguments.values() if isinstance(x, torch.Tensor))
+    with torch.cuda.device_of(tensor):  # Triton launches on the current device
         kernel[grid](**arguments, num_warps=warps, num_stages=stages)
 
 

@@ -16,7 +16,7 @@ import torch
 from longctx.kernels.triton_common.launch import Launch
 
 # Bytes of shared memory that one program may have: CUDA's programming guide, table of compute capabilities.
-SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 MATRIX_UNIT = re.compile(r"\b(wgmma|mma)\.(?:mma_async\.)?sync")
 _TYPES = {
     torch.bfloat16: "bf16",

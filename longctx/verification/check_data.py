@@ -52,8 +52,8 @@ def attention_of(small: Small, transport: Transport, dtype: torch.dtype) -> Cont
 
 
 def kernel_for(small: Small, dtype: torch.dtype) -> str:
-    """Return the configured kernel by name; in float64 one that has it."""
-    return small.attention.kernel if dtype == torch.float64 else small.source.attention.kernel
+    """Return the configured kernel by name; in another dtype than the configured one that has it."""
+    return small.source.attention.kernel if dtype == small.dtype else small.attention.kernel
 
 
 def stack_of(small: Small, transport: Transport) -> Stack:

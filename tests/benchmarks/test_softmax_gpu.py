@@ -50,7 +50,7 @@ def test_the_table_goes_between_its_markers(tmp_path):
     assert speed(row, "both") == pytest.approx(10**9 * 14 * 128 / 7e-3)
     other = {**row, "problem": "ring", "of_ideal": 0.93}
     report = {"environment": {"device": "X", "torch": "2", "triton": "3", "longctx": "abc"}, "matmul_flops": 1e15}
-    report |= {"settings": {"heads": 16, "kv_heads": 4, "head_dim": 128}, "rows": [row, other]}
+    report |= {"settings": {"heads": 16, "kv_heads": 4, "head_dim": 128, "dtype": "bfloat16"}, "rows": [row, other]}
     results, readme = tmp_path / "softmax_gpu.json", tmp_path / "README.md"
     results.write_text(json.dumps(report))
     readme.write_text("a\n<!-- softmax_gpu -->\nold\n<!-- /softmax_gpu -->\nb\n")

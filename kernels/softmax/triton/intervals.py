@@ -39,18 +39,15 @@ class Intervals:
         return begins, ends
 
 
-def intervals_of(tiles: Sequence[Tile], *, transposed: bool = False) -> Intervals:
-    """Return what each query sees of the keys, or `transposed` which queries see each key.
+def intervals_of(tiles: Sequence[Tile]) -> Intervals:
+    """Return what each query sees of the keys.
 
     Args:
         tiles: in which no pair of a query and a key is visible twice; without predicates.
     """
     assert all(tile.predicate is None for tile in tiles), "an interval has no predicate"
     fields = [(t.q_begin, t.q_count, t.k_begin, t.k_count, t.lo, t.hi) for t in tiles]
-    table = torch.tensor(fields, dtype=torch.int64).view(-1, 6)
-    first, count, left, width, lo, hi = table.unbind(1)
-    if transposed:
-        first, count, left, width, lo, hi = left, width, first, count, -hi, -lo
+    first, count, left, width, lo, hi = torch.tensor(fields, dtype=torch.int64).view(-1, 6).unbind(1)
     tile = torch.repeat_interleave(count)
     place = torch.arange(len(tile)) - (count.cumsum(0) - count)[tile]
     row = first[tile] + place
@@ -58,6 +55,50 @@ def intervals_of(tiles: Sequence[Tile], *, transposed: bool = False) -> Interval
     end = left[tile] + torch.minimum(place + hi[tile] + 1, width[tile])
     seen = begin < end
     return _merged(row[seen], begin[seen], end[seen])
+
+
+def transposed(intervals: Intervals, *, rows: int) -> Intervals:
+    """Return which queries, of `rows`, see each key.
+
+    A key's run of queries begins where a query sees it whose predecessor does not, and ends likewise: what neighbouring
+    queries see apart from each other, which is as much as there is to return. (Expanding tiles by their columns instead
+    would take T^2 / (2 width) for a striped causal shard.)
+    """
+    if not intervals.layers:
+        return intervals
+    none = int(intervals.end.max()) + 1
+    begin, end = (torch.full((intervals.layers, rows + 2), none) for _ in range(2))
+    begin[intervals.layer, intervals.row + 1] = intervals.begin
+    end[intervals.layer, intervals.row + 1] = intervals.end
+    # Row 0 here is before the first, the last one after the last: both see nothing.
+    before, after = (begin[:, :-1], end[:, :-1]), (begin[:, 1:], end[:, 1:])
+    column, first = _difference(after, before)
+    same, stop = _difference(before, after)
+    assert column.equal(same)
+    place = torch.arange(len(column))
+    new = torch.ones_like(column, dtype=torch.bool)
+    new[1:] = column[1:] != column[:-1]
+    return Intervals(column, first, stop, place - place[new][new.cumsum(0) - 1])
+
+
+def _difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the columns that a row of `ours` sees and that of `theirs` does not, and which row: sorted by both."""
+    (begin, end), (other_begin, other_end) = ours, theirs
+    edge = torch.zeros_like(other_begin[:1])
+    gaps = zip(torch.cat((edge, other_end)), torch.cat((other_begin, edge + torch.iinfo(edge.dtype).max)), strict=True)
+    parts = [
+        (torch.maximum(first, gap), torch.minimum(last, gap_end))
+        for gap, gap_end in gaps
+        for first, last in zip(begin, end, strict=True)
+    ]
+    first, last = (torch.cat(x) for x in zip(*parts, strict=True))
+    row = torch.arange(begin.shape[1]).repeat(len(parts))
+    count = (last - first).clamp(min=0)
+    piece = torch.repeat_interleave(count)
+    column = first[piece] + torch.arange(len(piece)) - (count.cumsum(0) - count)[piece]
+    row = row[piece]
+    order = (column * (begin.shape[1] + 1) + row).argsort()
+    return column[order], row[order]
 
 
 def _merged(row: Tensor, begin: Tensor, end: Tensor) -> Intervals:

@@ -5,6 +5,7 @@ An item is what one program does at a time: a block of rows of one row of the ba
 """
 
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.contract import Work, WorkList
-from longctx.kernels.softmax.triton.intervals import intervals_of
+from longctx.kernels.softmax.triton.intervals import intervals_of, transposed
 from longctx.kernels.softmax.triton.ranges import NO_MASK, ranges_of
 
 
-class Shape(NamedTuple):
+class Sizes(NamedTuple):
     """The sizes of a call that tables depend on. `programs`: how many work side by side; None = one for each item."""
 
     batch: int
@@ -47,49 +48,52 @@ class Table:
 _kept: "WeakKeyDictionary[WorkList, dict[tuple[object, ...], Table]]" = WeakKeyDictionary()
 
 
-def query_table(work: WorkList, shape: Shape, device: torch.device) -> Table:
+def query_table(work: WorkList, sizes: Sizes, device: torch.device) -> Table:
     """Return the items of kernels whose programs have a block of queries and visit blocks of keys."""
-    return _table(work, shape, device, transposed=False)
+    return _table(work, sizes, device, by_keys=False)
 
 
-def key_table(work: WorkList, shape: Shape, device: torch.device) -> Table:
+def key_table(work: WorkList, sizes: Sizes, device: torch.device) -> Table:
     """Return the items of kernels whose programs have a block of keys and visit blocks of queries of all its heads."""
-    return _table(work, shape, device, transposed=True)
+    return _table(work, sizes, device, by_keys=True)
 
 
-def _table(work: WorkList, shape: Shape, device: torch.device, *, transposed: bool) -> Table:
+def _table(work: WorkList, sizes: Sizes, device: torch.device, *, by_keys: bool) -> Table:
     kept = _kept.setdefault(work, {})
-    key = (shape, device, transposed)
+    key = (sizes, device, by_keys)
     if key not in kept:
-        kept[key] = _made(work, shape, device, transposed=transposed)
+        kept[key] = _made(work, sizes, device, by_keys=by_keys)
     return kept[key]
 
 
-def _made(work: WorkList, shape: Shape, device: torch.device, *, transposed: bool) -> Table:
-    rows, height, width = shape.q_tokens, shape.q_block, shape.k_block
-    if transposed:
-        rows, height, width = shape.k_tokens, shape.k_block, shape.q_block
+def _made(work: WorkList, sizes: Sizes, device: torch.device, *, by_keys: bool) -> Table:
+    assert not any(_meet(a, b, sizes.batch, by_keys=False) for a, b in combinations(work.parts, 2)), "a head twice"
+    rows, height, width = sizes.q_tokens, sizes.q_block, sizes.k_block
+    if by_keys:
+        rows, height, width = sizes.k_tokens, sizes.k_block, sizes.q_block
     launches = []
     begins, ends = ([torch.zeros(0, rows, dtype=torch.int32)] for _ in range(2))
     ranges = [torch.zeros(0, 3, dtype=torch.int64)]
     layers = visits = 0
-    for wave in _waves(work, shape.batch) if transposed else [list(work.parts)]:
+    for wave in _waves(work, sizes.batch) if by_keys else [list(work.parts)]:
         items = [torch.zeros(0, 8, dtype=torch.int64)]
         costs = [torch.zeros(0, dtype=torch.int64)]
         for part in wave:
-            intervals = intervals_of(part.tiles, transposed=transposed)
+            intervals = intervals_of(part.tiles)
+            if by_keys:
+                intervals = transposed(intervals, rows=sizes.q_tokens)
             found = ranges_of(intervals, rows=rows, height=height, width=width)
             begin, end = intervals.dense(rows)
             begins.append(begin)
             ends.append(end)
             masked = found.ranges[:, 2:] != NO_MASK
             ranges.append(torch.cat((found.ranges[:, :2], (found.ranges[:, 2:] + layers) * masked), 1))
-            heads = _key_heads(part, shape.batch) if transposed else _query_heads(part, shape.batch)
+            heads = _key_heads(part, sizes.batch) if by_keys else _query_heads(part, sizes.batch)
             blocks = torch.cat((found.block[:, None], found.bounds + visits), 1)
             items.append(torch.cat((blocks.repeat_interleave(len(heads), 0), heads.repeat(len(blocks), 1)), 1))
             costs.append((found.cost[:, None] * heads[:, 3]).flatten())
             layers, visits = layers + intervals.layers, visits + len(found.ranges)
-        launches.append(_longest_first(torch.cat(items), torch.cat(costs), shape.programs))
+        launches.append(_longest_first(torch.cat(items), torch.cat(costs), sizes.programs))
 
     def there(x: Tensor) -> Tensor:
         return x.to(device, torch.int32).contiguous()
@@ -124,20 +128,23 @@ def _waves(work: WorkList, batch: int) -> list[list[Work]]:
     """Return a work's parts so that no two of a wave have a KV head of a row of the batch in common."""
     waves: list[list[Work]] = []
     for part in work.parts:
-        wave = next((wave for wave in waves if not any(_meet(part, other, batch) for other in wave)), None)
+        wave = next(
+            (wave for wave in waves if not any(_meet(part, other, batch, by_keys=True) for other in wave)), None
+        )
         if wave is None:
             waves.append(wave := [])
         wave.append(part)
     return waves
 
 
-def _meet(a: Work, b: Work, batch: int) -> bool:
-    return _overlap(a.kv_heads, b.kv_heads, a.kv_heads.stop) and _overlap(a.rows, b.rows, batch)
+def _meet(a: Work, b: Work, batch: int, *, by_keys: bool) -> bool:
+    """Tell whether two parts have a head of a row of the batch in common: a KV head, or a query head."""
+    heads = (a.kv_heads, b.kv_heads) if by_keys else (a.heads, b.heads)
+    return _overlap(*heads) and _overlap(*(slice(*part.rows.indices(batch)) for part in (a, b)))
 
 
-def _overlap(a: slice, b: slice, size: int) -> bool:
-    (first, end, _), (other_first, other_end, _) = a.indices(size), b.indices(size)
-    return max(first, other_first) < min(end, other_end)
+def _overlap(a: slice, b: slice) -> bool:
+    return bool(max(a.start, b.start) < min(a.stop, b.stop))
 
 
 def _longest_first(items: Tensor, cost: Tensor, programs: int | None) -> Tensor:

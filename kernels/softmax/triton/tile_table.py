@@ -5,7 +5,7 @@ nor for float32 up to head dim 64. Above, its products, which no matrix unit mak
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,19 +35,20 @@ class Entry:
     """Blocks of the three kernels.
 
     Attributes:
-        dkv_capped: of dk and dv with a softcap, where `dkv` would spill.
+        dkv_tight: of dk and dv where `dkv` would spill: with a softcap, or head dims that are no powers of two.
         precision: of matrix products: Triton's `input_precision`.
     """
 
     forward: Blocks
     dq: Blocks
     dkv: Blocks
-    dkv_capped: Blocks | None = None
+    dkv_tight: Blocks | None = None
     precision: str = "ieee"
 
-    def key_gradients(self, *, softcap: bool) -> Blocks:
+    def key_gradients(self, *, softcap: bool, head_dims: tuple[int, int]) -> Blocks:
         """Return the blocks of the kernel of dk and dv."""
-        return self.dkv_capped if softcap and self.dkv_capped is not None else self.dkv
+        tight = softcap or any(size & (size - 1) for size in head_dims)
+        return self.dkv_tight if tight and self.dkv_tight is not None else self.dkv
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ _SM_90 = {
     (16, 256): Entry(Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
 }
 TABLES = {"sm_80": SoftmaxTable("sm_80", {**_32, **_SM_80}), "sm_90": SoftmaxTable("sm_90", {**_32, **_SM_90})}
-TABLES[FALLBACK] = SoftmaxTable(FALLBACK, TABLES["sm_80"].entries)
+# Others, such as sm_86, sm_89 and sm_120, may have no more than 99 KiB of shared memory per program.
+_SMALL = {(16, 256): replace(_SM_80[16, 256], dq=Blocks(32, 32, 8, 1))}
+TABLES[FALLBACK] = SoftmaxTable(FALLBACK, {**_32, **_SM_80, **_SMALL})
 
 
 def table_of(arch: str) -> SoftmaxTable:

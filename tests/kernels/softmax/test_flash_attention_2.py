@@ -7,12 +7,14 @@ a GPU is which rectangles and windows it is asked for, and in which form.
 import importlib.machinery
 import sys
 import types
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 from torch import Tensor
 
 from longctx.kernels.contract import Request
+from longctx.kernels.softmax import flash_attention_2
 from longctx.kernels.softmax.flash_attention_2 import FlashAttention2
 from longctx.kernels.softmax.op import resolve_kernel
 from longctx.kernels.softmax.reference import dense_attention
@@ -103,6 +105,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     package, module = types.ModuleType("flash_attn"), StandIn()
     package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
     monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(flash_attention_2, "version", lambda name: "2.8.3+cu12")
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", module)
     return module
 
@@ -136,8 +139,17 @@ def test_selection(stand_in):
         assert reason in str(FlashAttention2().unsupported(ask(**changed)))
 
 
-def test_without_the_package():
-    assert sys.modules.get("flash_attn") is None
+@pytest.mark.parametrize("found", ["2.6.3", "2.9.0", "4.0.0b1"])
+def test_other_versions_are_refused(stand_in, monkeypatch, found):
+    monkeypatch.setattr(flash_attention_2, "version", lambda name: found)
+    assert f"2.7.3 to 2.8 is needed; {found} is installed" in str(FlashAttention2().unsupported(ask()))
+
+
+def test_without_the_package(monkeypatch):
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(flash_attention_2, "version", absent)
     with pytest.raises(ValueError, match="attention.kernel=flash_attn cannot serve this: flash-attn is not installed"):
         resolve_kernel("flash_attn", ask())
 

@@ -9,9 +9,10 @@ from longctx.kernels.contract import Work, WorkList, whole
 from longctx.kernels.mask import Mask, causal, documents, predicate, sliding_window
 from longctx.kernels.positions import Tile, cut
 from longctx.kernels.softmax.triton import table as tables
-from longctx.kernels.softmax.triton.intervals import Intervals, intervals_of
+from longctx.kernels.softmax.triton.intervals import Intervals, intervals_of, transposed
 from longctx.kernels.softmax.triton.ranges import NO_MASK, ranges_of
-from longctx.kernels.softmax.triton.table import Shape, Table, key_table, query_table
+from longctx.kernels.softmax.triton.table import Sizes, Table, key_table, query_table
+from longctx.kernels.softmax.triton.tile_table import table_of
 from longctx.kernels.tiles import tiles_between, visible
 from longctx.parallel.layout import Layout
 from tests.kernels.mask_cases import atoms, conjunction, even_sum
@@ -49,8 +50,8 @@ def test_every_visible_pair_is_visited_once(mask, layout, data, blocks):
     ranks = data.draw(st.tuples(*[st.integers(0, layout.cp - 1)] * 2))
     tiles, tokens = between(layout, ranks, mask, 36), 36 // layout.cp
     want = seen_in(tiles, tokens, tokens)
-    for transposed, expected in ((False, want), (True, want.T)):
-        intervals = intervals_of(tiles, transposed=transposed)
+    ours = intervals_of(tiles)
+    for intervals, expected in ((ours, want), (transposed(ours, rows=tokens), want.T)):
         assert torch.equal(seen_by(intervals, tokens, tokens), expected)
         assert visited(intervals, tokens, *blocks).equal(expected)
 
@@ -107,13 +108,13 @@ def test_gaps_are_not_visited():
 
 def test_nothing_to_do():
     assert len(ranges_of(intervals_of(()), rows=8, height=4, width=4).block) == 0
-    table = query_table(whole((), heads=2, kv_heads=1), Shape(1, 8, 8, 4, 4, None), CPU)
+    table = query_table(whole((), heads=2, kv_heads=1), Sizes(1, 8, 8, 4, 4, None), CPU)
     assert table.items == ()
-    assert query_table(WorkList(()), Shape(1, 8, 8, 4, 4, None), CPU).items == ()
+    assert query_table(WorkList(()), Sizes(1, 8, 8, 4, 4, None), CPU).items == ()
 
 
 TILE = (Tile(0, 64, 0, 64, -63, 0),)
-SHAPE = Shape(2, 64, 64, 16, 16, None)
+SIZES = Sizes(2, 64, 64, 16, 16, None)
 
 
 def all_items(table: Table) -> list[list[int]]:
@@ -121,7 +122,7 @@ def all_items(table: Table) -> list[list[int]]:
 
 
 def test_queries_have_an_item_for_each_block_row_and_head_longest_first():
-    table = query_table(whole(TILE, heads=4, kv_heads=2), SHAPE, CPU)
+    table = query_table(whole(TILE, heads=4, kv_heads=2), SIZES, CPU)
     items = all_items(table)
     # Heads of a group stand side by side: they read the same keys.
     want = [(block, row, head, head // 2) for block in (3, 2, 1, 0) for row in (0, 1) for head in range(4)]
@@ -131,7 +132,7 @@ def test_queries_have_an_item_for_each_block_row_and_head_longest_first():
 
 
 def test_keys_have_an_item_for_each_block_row_and_kv_head():
-    items = all_items(key_table(whole(TILE, heads=4, kv_heads=2), SHAPE, CPU))
+    items = all_items(key_table(whole(TILE, heads=4, kv_heads=2), SIZES, CPU))
     want = [(block, row, 2 * kv, kv, 2) for block in (0, 1, 2, 3) for row in (0, 1) for kv in (0, 1)]
     assert [(i[0], *i[4:]) for i in items] == want
 
@@ -139,8 +140,8 @@ def test_keys_have_an_item_for_each_block_row_and_kv_head():
 @pytest.mark.parametrize("programs", [1, 3, 5, 31, 32, 40])
 def test_a_persistent_grid_has_every_item_once_and_shares_them_evenly(programs):
     work = whole(TILE, heads=4, kv_heads=2)
-    table = query_table(work, SHAPE._replace(programs=programs), CPU)
-    plain = query_table(work, SHAPE, CPU)
+    table = query_table(work, SIZES._replace(programs=programs), CPU)
+    plain = query_table(work, SIZES, CPU)
     items = all_items(table)
     assert sorted(items) == sorted(all_items(plain))
     costs = [sum(end - first for first, end, _ in table.ranges[i[1] : i[3]].tolist()) for i in items]
@@ -161,7 +162,7 @@ def test_parts_with_other_masks_and_rows():
     want = torch.zeros(2, 4, 64, 64, dtype=torch.int64)
     for part in work.parts:
         want[part.rows, part.heads] = seen_in(part.tiles, 64, 64)
-    for table, transposed in ((query_table(work, SHAPE, CPU), False), (key_table(work, SHAPE, CPU), True)):
+    for table, by_keys in ((query_table(work, SIZES, CPU), False), (key_table(work, SIZES, CPU), True)):
         got = torch.zeros_like(want)
         for block, first, masked, end, row, head, kv_head, heads in all_items(table):
             assert [h // 2 for h in range(head, head + heads)] == [kv_head] * heads
@@ -173,21 +174,21 @@ def test_parts_with_other_masks_and_rows():
                 if index >= masked:
                     inside = inside & (at >= table.begins[layer, rows, None]) & (at < table.ends[layer, rows, None])
                 for h in range(head, head + heads):
-                    (got[row, h].T if transposed else got[row, h])[rows] += inside
+                    (got[row, h].T if by_keys else got[row, h])[rows] += inside
         assert got.equal(want)
     # The two parts that share a KV head of a row are launched one after the other.
-    for items in key_table(work, SHAPE, CPU).items:
+    for items in key_table(work, SIZES, CPU).items:
         blocks = [(i[0], i[4], i[6]) for i in items.tolist()]
         assert len(set(blocks)) == len(blocks)
-    assert len(key_table(work, SHAPE, CPU).items) == 2
+    assert len(key_table(work, SIZES, CPU).items) == 2
 
 
 def test_tables_are_made_once_and_forgotten_with_their_work():
     work = whole(TILE, heads=4, kv_heads=2)
-    first = query_table(work, SHAPE, CPU)
-    assert query_table(work, SHAPE, CPU) is first
-    assert key_table(work, SHAPE, CPU) is not first
-    assert query_table(work, SHAPE._replace(q_block=32), CPU) is not first
+    first = query_table(work, SIZES, CPU)
+    assert query_table(work, SIZES, CPU) is first
+    assert key_table(work, SIZES, CPU) is not first
+    assert query_table(work, SIZES._replace(q_block=32), CPU) is not first
     before = len(tables._kept)
     del work
     assert len(tables._kept) == before - 1
@@ -204,3 +205,29 @@ def test_long_sequences_have_small_tables():
     tokens = 2**20
     ranges = ranges_of(intervals_of((Tile(0, tokens, 0, tokens, 1 - tokens, 0),)), rows=tokens, height=128, width=64)
     assert len(ranges.ranges) == 2 * tokens // 128 - 1
+
+
+def test_stripes_of_some_width_are_transposed_in_linear_memory(monkeypatch):
+    """A tile for each stripe reaches to all earlier keys; by their columns they would be T^2 / (2 width) rows."""
+    tiles = between(Layout("striped", 2, 16), (1, 0), causal(), 2**14)
+    tokens, made = 2**13, []
+    expand = torch.repeat_interleave
+    monkeypatch.setattr(torch, "repeat_interleave", lambda *a, **k: made.append(expand(*a, **k)) or made[-1])
+    keys = transposed(intervals_of(tiles), rows=tokens)
+    assert len(tiles) >= 512 and max(map(len, made)) <= 2 * tokens
+    assert len(keys.row) == tokens and bool((keys.end == tokens).all())
+
+
+def test_a_head_in_two_lists_is_refused():
+    """One launch would have two programs that write to the same rows."""
+    part = Work(slice(None), slice(0, 2), slice(0, 1), TILE)
+    with pytest.raises(AssertionError, match="a head twice"):
+        query_table(WorkList((part, part)), SIZES, CPU)
+
+
+def test_tight_blocks_of_keys():
+    entry = table_of("sm_90").entry(torch.bfloat16, 96, 96)
+    assert entry.dkv_tight not in (None, entry.dkv)
+    assert entry.key_gradients(softcap=False, head_dims=(128, 128)) == entry.dkv
+    assert entry.key_gradients(softcap=True, head_dims=(128, 128)) == entry.dkv_tight
+    assert entry.key_gradients(softcap=False, head_dims=(96, 128)) == entry.dkv_tight
