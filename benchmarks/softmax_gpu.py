@@ -7,10 +7,11 @@
     python benchmarks/to_readme.py benchmarks/results/softmax_gpu.json      # its table into README.md
 
 Every column has the same tensors, takes its turn in every round, and is left out unless its first and last rows are
-those of our float32 reference and its gradients those of the first column. TFLOP/s count visible pairs (4 D per pair and head forward, 10 D backward),
-also those of columns that compute hidden ones; % is of a large matrix product's speed, measured in the same run. The
-ring of four ranks is simulated on one device: its ranks compute one after the other, so that ideal is dense causal
-attention of all tokens by the same kernel. JSON, with every round's times, and PNG go to --out.
+those of our float32 reference and its gradients those of the first column. TFLOP/s count visible pairs (4 D per pair
+and head forward, 10 D backward), also those of columns that compute hidden ones; % is of a large matrix product's
+speed, measured in the same run. The ring of four ranks is simulated on one device: its ranks compute one after the
+other, so that ideal is dense causal attention of all tokens by the same kernel. JSON, with every round's times, and
+PNG go to --out.
 """
 
 import argparse

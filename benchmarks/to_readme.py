@@ -42,8 +42,8 @@ def table(report: dict[str, Any]) -> str:
     found = {(row["problem"], row["column"]): row for row in rows}
     where, settings = report["environment"], report["settings"]
     lines = [
-        f"{where['device']}, torch {where['torch']}, triton {where['triton']}, at {where['longctx']}; {settings['dtype']}, "
-        f"{settings['heads']} heads ({settings['kv_heads']} KV heads) of {settings['head_dim']}; TFLOP/s, forward + "
+        f"{where['device']}, torch {where['torch']}, triton {where['triton']}, at {where['longctx']}; "
+        f"{settings['dtype']}, {settings['heads']} heads ({settings['kv_heads']} KV heads) of {settings['head_dim']}; TFLOP/s, forward + "
         f"backward, and % of a matrix product's {peak / 1e12:.0f}:",
         "",
         "| | " + " | ".join(kinds) + " |",

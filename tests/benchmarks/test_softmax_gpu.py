@@ -1,11 +1,11 @@
 """The GPU benchmark of softmax attention: its problems and masks, and how its table gets into the README."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import to_readme
 import torch
 from _softmax_problems import problems
 from softmax_gpu import first_and_last_rows, speed
@@ -44,7 +44,7 @@ def test_what_is_wrong_is_seen():
     torch.testing.assert_close(out.transpose(1, 2)[:, rows], want)
 
 
-def test_the_table_goes_between_its_markers(tmp_path):
+def test_the_table_goes_between_its_markers(tmp_path, monkeypatch):
     row = {"problem": "causal, 8K", "column": "auto", "pairs": 10**9, "head_dim": 128}
     row |= {"forward": [1.0, 2.0, 3.0], "backward": [4.0, 5.0, 6.0]}
     assert speed(row, "both") == pytest.approx(10**9 * 14 * 128 / 7e-3)
@@ -54,12 +54,15 @@ def test_the_table_goes_between_its_markers(tmp_path):
     results, readme = tmp_path / "softmax_gpu.json", tmp_path / "README.md"
     results.write_text(json.dumps(report))
     readme.write_text("a\n<!-- softmax_gpu -->\nold\n<!-- /softmax_gpu -->\nb\n")
+    monkeypatch.setattr(sys, "argv", ["to_readme.py", str(results), "--readme", str(readme)])
     for _ in range(2):
-        command = [sys.executable, BENCHMARKS / "to_readme.py", results, "--readme", readme]
-        subprocess.run(command, check=True, env={"PYTHONPATH": str(BENCHMARKS.parent), "PATH": ""})
+        to_readme.main()
     text = readme.read_text()
     assert text == f"a\n<!-- softmax_gpu -->\n{table(report)}\n<!-- /softmax_gpu -->\nb\n"
     assert "| causal, 8K | 256 (26 %) |" in text and "93 % of ideal" in text
+    results.write_text(json.dumps({**report, "environment": {"device": "CPU: a smoke test"}}))
+    with pytest.raises(SystemExit, match="no measurement"):
+        to_readme.main()
     with pytest.raises(SystemExit, match="once each"):
         replaced("nothing", "softmax_gpu", "x")
 
