@@ -41,10 +41,10 @@ def table(report: dict[str, Any]) -> str:
     names, kinds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("problem", "column"))
     found = {(row["problem"], row["column"]): row for row in rows}
     where, settings = report["environment"], report["settings"]
+    heads = f"{settings['heads']} heads ({settings['kv_heads']} KV heads) of {settings['head_dim']}"
     lines = [
         f"{where['device']}, torch {where['torch']}, triton {where['triton']}, at {where['longctx']}; "
-        f"{settings['dtype']}, {settings['heads']} heads ({settings['kv_heads']} KV heads) of {settings['head_dim']}; TFLOP/s, forward + "
-        f"backward, and % of a matrix product's {peak / 1e12:.0f}:",
+        f"{settings['dtype']}, {heads}; TFLOP/s, forward + backward, and % of a matrix product's {peak / 1e12:.0f}:",
         "",
         "| | " + " | ".join(kinds) + " |",
         "|" + "---|" * (len(kinds) + 1),
