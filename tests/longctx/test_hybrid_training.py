@@ -18,7 +18,6 @@ STACKS = {
 }
 RUNS = [
     ("hybrid", 2, "attention=striped"),
-    ("hybrid", 4, "attention=zigzag engine.parameters=shard"),
 ]
 SLOW_RUNS = [
     ("performer", 2, "attention=zigzag"),
@@ -26,6 +25,7 @@ SLOW_RUNS = [
     *((stack, 2, "attention=zigzag") for stack in ("lightning", "gla", "gdn")),
     *((stack, 4, "attention=ring") for stack in ("lightning", "gla", "gdn", "hybrid")),
     *((stack, 2, "attention=striped attention.width=16 attention.state_layout=same") for stack in STACKS),
+    ("hybrid", 4, "attention=zigzag engine.parameters=shard"),
     ("hybrid", 4, "attention=striped attention.state_layout=zigzag"),
     ("hybrid", 4, "attention=striped parallel.cp=2"),
     ("hybrid", 2, "attention=local"),

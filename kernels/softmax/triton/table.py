@@ -96,7 +96,10 @@ def _made(work: WorkList, sizes: Sizes, device: torch.device, *, by_keys: bool) 
         launches.append(_longest_first(torch.cat(items), torch.cat(costs), sizes.programs))
 
     def there(x: Tensor) -> Tensor:
-        return x.to(device, torch.int32).contiguous()
+        x = x.to(torch.int32).contiguous()
+        if device.type == "cuda":
+            x = x.pin_memory()  # or the copy would wait for all that the device has to do
+        return x.to(device, non_blocking=True)
 
     items_there = tuple(there(x) for x in launches if len(x))
     return Table(items_there, there(torch.cat(ranges)), there(torch.cat(begins)), there(torch.cat(ends)))
