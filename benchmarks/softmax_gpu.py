@@ -47,11 +47,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="problems whose names contain one of these")
-    parser.add_argument("--cpu-smoke", action="store_true", help="tiny problems on the CPU: does it run?")
+    parser.add_argument(
+        "--cpu-smoke", action="store_true", help="tiny problems of fixed sizes on the CPU: does it run?"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/softmax_gpu.json"))
     options = parser.parse_args()
     if not options.cpu_smoke and not torch.cuda.is_available():
         raise SystemExit("no CUDA device is here; --cpu-smoke tries the script without one")
+    found = problems(options.cpu_smoke)
+    names = [*(problem.name for problem in found), "ring"]
+    unknown = [part for part in options.only or () if not any(part in name for name in names)]
+    if unknown or any(count < 1 for count in options.programs):
+        parser.error(
+            f"--only {' '.join(unknown)}: known are {'; '.join(names)}" if unknown else "--programs: from 1 on"
+        )
     if options.cpu_smoke:
         options.heads, options.kv_heads, options.head_dim, options.rounds, options.warm_up = 4, 2, 16, 2, 1
     options.kv_heads = options.kv_heads or options.heads
@@ -59,7 +68,7 @@ def main() -> None:
     peak = matmul_flops(device, size=256 if options.cpu_smoke else 8192)
     print(f"{surroundings(device)['device']}: a matrix product runs at {peak / 1e12:.1f} TFLOP/s")
     rows, missing = [], []
-    for problem in problems(options.cpu_smoke):
+    for problem in found:
         if options.only is None or any(part in problem.name for part in options.only):
             more, reasons = measure(problem, device, options, peak)
             rows += more

@@ -19,7 +19,11 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--readme", type=Path, default=Path(__file__).parents[1] / "README.md")
     options = parser.parse_args()
-    report = json.loads(options.results.read_text())
+    try:
+        report = json.loads(options.results.read_text())
+        report["environment"]["device"], report["settings"]["dtype"], report["rows"], report["matmul_flops"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{options.results} is no report of softmax_gpu.py: {error!r}") from error
     if "smoke" in report["environment"]["device"]:
         raise SystemExit(f"{options.results} is a smoke test on a CPU: no measurement")
     text = replaced(options.readme.read_text(), options.results.stem, table(report))

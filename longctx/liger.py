@@ -13,10 +13,10 @@ OPS = ("torch", "liger")
 
 def unsupported(*, device_type: str, dtype: str) -> str | None:
     """Return why Liger's kernels cannot be used, or None where they can."""
-    if find_spec("liger_kernel") is None:
-        return "Liger-Kernel is not installed (pip install 'longctx[liger]')"
     if device_type != "cuda":
         return f"Liger's kernels need a CUDA device; the run is on {device_type}"
+    if find_spec("liger_kernel") is None:
+        return "Liger-Kernel is not installed (pip install 'longctx[liger]')"
     return "Liger's kernels compute in float32 at most; given engine.dtype=float64" if dtype == "float64" else None
 
 

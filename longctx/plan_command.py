@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 
@@ -16,7 +17,15 @@ from longctx.parallel.cost import traffic
 from longctx.parallel.mesh import Degrees
 from longctx.parallel.plan import Plan, plan
 from longctx.parallel.schedule import Shape
-from longctx.setup import check_linear_kernel, choose_attention, heads, layer_shape, open_stream, with_vocabulary
+from longctx.setup import (
+    check_linear_kernel,
+    check_softmax_kernel,
+    choose_attention,
+    heads,
+    layer_shape,
+    open_stream,
+    with_vocabulary,
+)
 from longctx.simulated import simulated_degrees
 from longctx.stack import describe_linear, stack_shape
 from longctx.stack_traffic import choose_state_layout
@@ -37,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind in config.layers.linear_kinds:
             if config.mixers.linear_kind(kind).kernel in ON_ANY_DEVICE:
                 check_linear_kernel(config, kind, device_type="cpu")
+        if config.layers.softmax and config.attention.kernel in ON_ANY_DEVICE:
+            check_softmax_kernel(config, device_type="cpu")
+        elif config.layers.softmax and config.attention.kernel == "triton" and find_spec("triton"):
+            check_softmax_kernel(config, device_type="cuda")  # of what it takes there
         degrees, per_machine = simulated_degrees(config, per_machine=per_machine)
         show(config, degrees=degrees, per_machine=per_machine)
     except ValueError as error:
@@ -59,7 +72,9 @@ def show(config: Config, *, degrees: Degrees, per_machine: int) -> None:
         plans = _plans(config, mask, degrees=degrees, per_machine=per_machine)
         first = plans[0]
         where = "" if config.attention.layers is None else f" of {kind} layers"
-        print(f"plan{where}: {describe(first.layout, [mask], first.schedule, total=total, shape=shape)}")
+        print(
+            f"plan{where}: {describe(first.layout, [mask], first.schedule, total=total, shape=shape)}; kernel {config.attention.kernel}"
+        )
         print("\n".join(table(plans, shape)))
     stack = stack_shape(
         config.attention,

@@ -81,24 +81,28 @@ def check_kernel(config: Config, *, device_type: str) -> dict[str, str]:
 
     All softmax layers, whatever their kind, are computed by the one that stands under `softmax`.
     """
-    layers, model, dtype = config.layers, config.model, DTYPES[config.engine.dtype]
+    layers, model = config.layers, config.model
     if model.ops == "liger":
         reason = liger.unsupported(device_type=device_type, dtype=config.engine.dtype)
         if reason is not None:
             raise ValueError(f"model.ops=liger cannot be used: {reason}; set model.ops=torch")
-    kernels: dict[str, str] = {}
-    if layers.softmax:
-        request = Request(
-            device_type=device_type,
-            dtype=dtype,
-            head_dim=model.head_size,
-            v_head_dim=model.head_size,
-            num_heads=model.num_heads,
-            num_kv_heads=model.num_kv_heads,
-            softcap=model.softcap is not None,
-        )
-        kernels["softmax"] = resolve_kernel(config.attention.kernel, request).name
+    kernels = {"softmax": check_softmax_kernel(config, device_type=device_type)} if layers.softmax else {}
     return kernels | {kind: check_linear_kernel(config, kind, device_type=device_type) for kind in layers.linear_kinds}
+
+
+def check_softmax_kernel(config: Config, *, device_type: str) -> str:
+    """Return the name of the kernel that will compute softmax layers, or refuse a named one that cannot."""
+    model = config.model
+    request = Request(
+        device_type=device_type,
+        dtype=DTYPES[config.engine.dtype],
+        head_dim=model.head_size,
+        v_head_dim=model.head_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        softcap=model.softcap is not None,
+    )
+    return resolve_kernel(config.attention.kernel, request).name
 
 
 def check_linear_kernel(config: Config, kind: str, *, device_type: str) -> str:

@@ -26,11 +26,11 @@ class FlashAttention2:
     high_bands = True
 
     def unsupported(self, request: Request) -> str | None:
+        if request.device_type != "cuda":
+            return f"flash-attn needs a CUDA device; the tensors are on {request.device_type}"
         reason = _missing()
         if reason is not None:
             return reason
-        if request.device_type != "cuda":
-            return f"flash-attn needs a CUDA device; the tensors are on {request.device_type}"
         if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
             return "flash-attn needs a GPU of compute capability 8.0 or later"
         if request.dtype not in (torch.bfloat16, torch.float16):

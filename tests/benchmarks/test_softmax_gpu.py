@@ -63,6 +63,10 @@ def test_the_table_goes_between_its_markers(tmp_path, monkeypatch):
     results.write_text(json.dumps({**report, "environment": {"device": "CPU: a smoke test"}}))
     with pytest.raises(SystemExit, match="no measurement"):
         to_readme.main()
+    for bad in ("text", '{"a": 1}', "[]"):
+        results.write_text(bad)
+        with pytest.raises(SystemExit, match="no report"):
+            to_readme.main()
     with pytest.raises(SystemExit, match="once each"):
         replaced("nothing", "softmax_gpu", "x")
 

@@ -70,3 +70,10 @@ def test_a_hybrid_stack(tmp_path, capsys):
     assert "plan" not in told and told.count("linear layers: ") == 1
     assert main([*data, "attention=gdn", "mixers.gdn.kernel=torch", "mixers.gdn.chunk_size=48"]) == 2
     assert "mixers.gdn.kernel=torch, mixers.gdn.chunk_size=48: " in capsys.readouterr().err
+
+
+def test_a_kernel_that_no_machine_takes_is_refused(capsys):
+    pytest.importorskip("triton")
+    assert main(["attention.kernel=triton", "engine.dtype=float64", "parallel.cp=2"]) == 2
+    assert "attention.kernel=triton cannot serve this" in capsys.readouterr().err
+    assert main(["attention.kernel=torch", "model.head_dim=0"]) == 2

@@ -20,13 +20,14 @@ from longctx.kernels.softmax.triton.device import (
 
 @triton.jit
 def _weights(product, lse, begin, end, columns, factor, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Return p and ds / (dp - delta), `[rows, columns]`. What is hidden is 0, also where exp would be inf."""
+    """Return p and ds / (dp - delta), `[rows, columns]`. What is hidden is 0 and never exponentiated."""
     s, slope = product * factor, 1.0
     if SOFTCAP:
         s, slope = capped(s, softcap)
-    p = tl.exp2((s - lse) * LOG2_E)
+    power = (s - lse) * LOG2_E
     if MASKED:
-        p = tl.where(visible(begin, end, columns), p, 0.0)
+        power = tl.where(visible(begin, end, columns), power, float("-inf"))
+    p = tl.exp2(power)
     return p, p * slope
 
 
