@@ -57,10 +57,10 @@ def main() -> None:
     found = problems(options.cpu_smoke)
     names = [*(problem.name for problem in found), "ring"]
     unknown = [part for part in options.only or () if not any(part in name for name in names)]
-    if unknown or any(count < 1 for count in options.programs):
-        parser.error(
-            f"--only {' '.join(unknown)}: known are {'; '.join(names)}" if unknown else "--programs: from 1 on"
-        )
+    if unknown:
+        parser.error(f"--only {' '.join(unknown)}: known are {'; '.join(names)}")
+    if any(count < 1 for count in options.programs):
+        parser.error(f"--programs must be >= 1; given {options.programs}")
     if options.cpu_smoke:
         options.heads, options.kv_heads, options.head_dim, options.rounds, options.warm_up = 4, 2, 16, 2, 1
     options.kv_heads = options.kv_heads or options.heads

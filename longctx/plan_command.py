@@ -72,9 +72,8 @@ def show(config: Config, *, degrees: Degrees, per_machine: int) -> None:
         plans = _plans(config, mask, degrees=degrees, per_machine=per_machine)
         first = plans[0]
         where = "" if config.attention.layers is None else f" of {kind} layers"
-        print(
-            f"plan{where}: {describe(first.layout, [mask], first.schedule, total=total, shape=shape)}; kernel {config.attention.kernel}"
-        )
+        told = describe(first.layout, [mask], first.schedule, total=total, shape=shape)
+        print(f"plan{where}: {told}; kernel {config.attention.kernel}")
         print("\n".join(table(plans, shape)))
     stack = stack_shape(
         config.attention,

@@ -26,8 +26,8 @@ def _attend(
 ):  # fmt: skip
     """Take one block of keys into acc `[rows, BV]`, the largest scores `top` and the sums `total`.
 
-    Scores and `top` are to base 2 where inputs have 16 bits: one multiplication less. Where they have 32 that would round
-    every score once more, so that a row's only weight would not be 1.
+    Scores and `top` are to base 2 where inputs have 16 bits: one multiplication less. Where they have 32 that would
+    round every score once more, so that a row's only weight would not be 1.
     """
     columns = first + tl.arange(0, BN)
     keys = load_block(k, first, k_stride, k_tokens, BN, BD, MASKED, D)
