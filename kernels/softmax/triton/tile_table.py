@@ -74,7 +74,7 @@ _SM_80 = {
     (16, 256): Entry(Blocks(64, 16, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2)),
 }
 _SM_90 = {
-    (16, 64): Entry(Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3)),
+    (16, 64): Entry(Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3), Blocks(64, 128, 8, 2)),
     (16, 128): Entry(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
     (16, 256): Entry(Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
 }
