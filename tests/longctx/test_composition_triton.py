@@ -38,8 +38,8 @@ FACTORS = {
     "scores": SCORES,
     "tokens": (7, 8),
 }
-PAIRS = covering(FACTORS)
-# Every value of every factor at least once; the first case that has it.
+PAIRS = sorted(covering(FACTORS), key=lambda case: case["cp"])
+# Every value of every factor at least once: the first case that has it, of few ranks where there is one.
 FIRST = {next(i for i, case in enumerate(PAIRS) if case[key] == value) for key in FACTORS for value in FACTORS[key]}
 FEW = [PAIRS[index] for index in sorted(FIRST)]
 

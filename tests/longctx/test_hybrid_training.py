@@ -101,8 +101,8 @@ def test_five_and_five_steps_are_ten_bitwise(gloo_pool, undisturbed, corpus, tmp
 @pytest.mark.parametrize(
     ("world_size", "extra"),
     [
-        (4, "attention=zigzag attention.state_passing=pipelined"),
-        pytest.param(1, "attention=local", marks=pytest.mark.slow),
+        (1, "attention=local"),
+        pytest.param(4, "attention=zigzag attention.state_passing=pipelined", marks=pytest.mark.slow),
         pytest.param(4, "engine.parameters=shard parallel.cp=2 mixers.gdn.kernel=reference", marks=pytest.mark.slow),
     ],
 )
