@@ -36,6 +36,7 @@ from longctx.kernels.contract import Request, Scores
 from longctx.kernels.mask import causal, documents
 from longctx.kernels.merge import Partial
 from longctx.kernels.positions import Tile
+from longctx.kernels.softmax.by_lists import ByLists
 from longctx.parallel.balance import Balance, balance_of, plans_of_all_ranks
 from longctx.parallel.heads import HeadSplit
 from longctx.parallel.layout import Layout
@@ -146,7 +147,7 @@ def count(plans: Sequence[Plan], bounds: Sequence[int]) -> Balance:
     return Balance(tuple(run_ranks(layout.cp, run)))
 
 
-class CountingKernel:
+class CountingKernel(ByLists):
     """A local kernel whose q and k are global positions `[1, T, 1, 1]`, exact in float64: it counts, by owner of k."""
 
     name = "counting"
@@ -160,7 +161,7 @@ class CountingKernel:
         """Serve everything."""
         return None
 
-    def forward(
+    def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, tiles: Sequence[Tile], scores: Scores, partial: Partial
     ) -> None:
         """Count the pairs of each tile that are in one document, the key not after the query."""
@@ -175,7 +176,7 @@ class CountingKernel:
             before = torch.searchsorted(seen, begins[tile.rows])
             self.pairs[source] += int((up_to - before).clamp(min=0).sum())
 
-    def backward(
+    def _backward(
         self,
         q: Tensor,
         k: Tensor,

@@ -107,8 +107,7 @@ class LocalKernel(Protocol):
     Shapes: `q, dq [B, Tq, H, D]`, `dout [B, Tq, H, Dv]`, `k, dk [B, Tk, HK, D]`, `v, dv [B, Tk, HK, Dv]`,
     `lse, delta [B, H, Tq]`. HK divides H; which KV head a query head reads is said by the work; repeated K/V never
     outlive one tile. Accumulators (`partial`, dq, dk, dv) are float32 (float64 for float64 inputs), their last dim is
-    contiguous, and they are written in place. A query without a
-    visible key keeps out 0, lse -inf and gradient 0.
+    contiguous, and they are written in place. A query without a visible key keeps out 0, lse -inf and gradient 0.
     """
 
     name: str
