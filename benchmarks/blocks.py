@@ -8,9 +8,8 @@ takes a list of tiles; "by intervals" is what is done. Integers only, no device.
 """
 
 import argparse
-from itertools import accumulate
 
-import torch
+from _softmax_problems import packed
 
 from longctx.kernels.mask import causal, documents
 from longctx.kernels.positions import Tile
@@ -61,12 +60,7 @@ def moved(tile: Tile) -> Tile:
 
 def lengths(total: int) -> dict[str, tuple[int, ...]]:
     """Return document bounds: one document, and exponential lengths of three means."""
-    found = {"one": (0, total)}
-    for mean in (4096, 512, 64):
-        draws = torch.empty(8 * total // mean).exponential_(1 / mean, generator=torch.Generator().manual_seed(0))
-        ends = accumulate(draws.ceil().long().tolist())
-        found[f"mean {mean}"] = (0, *(end for end in ends if end < total), total)
-    return found
+    return {"one": (0, total)} | {f"mean {mean}": packed(total, mean=mean) for mean in (4096, 512, 64)}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longctx.kernels.contract import Request, Scores
 from longctx.kernels.softmax.delta import stand_in_out
+from longctx.kernels.softmax.primitive import refused_head_dims
 from longctx.kernels.softmax.rectangles import Rectangle
 
 aten = torch.ops.aten
@@ -108,12 +109,7 @@ class CudaFlash:
             return "ATen's flash attention has no softcap"
         if request.dtype == torch.float64:
             return "ATen has no float64 attention on CUDA that returns the lse"
-        if request.head_dim != request.v_head_dim or request.head_dim % 8 or request.head_dim > 256:
-            return (
-                "ATen's CUDA flash attention needs equal head dims for q and v, a multiple of 8 and at most 256; "
-                f"given {request.head_dim} and {request.v_head_dim}"
-            )
-        return None
+        return refused_head_dims(request, "ATen's CUDA flash attention")
 
     def row_term(self, dout: Tensor, delta: Tensor) -> Tensor:
         return stand_in_out(dout, delta)

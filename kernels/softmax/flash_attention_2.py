@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longctx.kernels.contract import Request, Scores
 from longctx.kernels.softmax.delta import stand_in_out
+from longctx.kernels.softmax.primitive import refused_head_dims
 from longctx.kernels.softmax.rectangles import Rectangle
 
 INSTALL = "pip install flash-attn --no-build-isolation"
@@ -35,12 +36,7 @@ class FlashAttention2:
             return "flash-attn needs a GPU of compute capability 8.0 or later"
         if request.dtype not in (torch.bfloat16, torch.float16):
             return f"flash-attn takes bfloat16 and float16; given {request.dtype}"
-        if request.head_dim != request.v_head_dim or request.head_dim % 8 or request.head_dim > 256:
-            return (
-                "flash-attn needs equal head dims for q and v, a multiple of 8 and at most 256; "
-                f"given {request.head_dim} and {request.v_head_dim}"
-            )
-        return None
+        return refused_head_dims(request, "flash-attn")
 
     def row_term(self, dout: Tensor, delta: Tensor) -> Tensor:
         return stand_in_out(dout, delta)

@@ -8,6 +8,16 @@ from longctx.kernels.contract import Request, Scores
 from longctx.kernels.softmax.rectangles import Rectangle
 
 
+def refused_head_dims(request: Request, who: str) -> str | None:
+    """Return why CUDA's flash attentions do not take a request's head dims, or None where they do."""
+    if request.head_dim == request.v_head_dim and request.head_dim % 8 == 0 and request.head_dim <= 256:
+        return None
+    return (
+        f"{who} needs equal head dims for q and v, a multiple of 8 and at most 256; "
+        f"given {request.head_dim} and {request.v_head_dim}"
+    )
+
+
 class Primitive(Protocol):
     """One rectangle's attention: a row of it sees at least one of its keys.
 
