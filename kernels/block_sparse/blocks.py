@@ -48,9 +48,7 @@ def blocks_of(index: Tensor, *, block_size: int, total: int, document_of: Tensor
     start = index * block_size
     end = torch.clamp(start + block_size, max=total)
     document = document_of[:, end - 1]
-    return Blocks(
-        index=index, begin=torch.maximum(start, document), end=end, document=document, block_size=block_size
-    )
+    return Blocks(index=index, begin=torch.maximum(start, document), end=end, document=document, block_size=block_size)
 
 
 def by_block(x: Tensor, block_size: int) -> Tensor:

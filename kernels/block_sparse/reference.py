@@ -46,9 +46,7 @@ def selected_attention(
         for slot in range(selection.slots):
             mine = _slot(selection, slot)
             seen = allowed(mine, k_positions)[pick].repeat_interleave(heads // selection.heads, dim=0)
-            out, _ = dense_attention(
-                q[one], k[one], v[one], allowed=seen, softmax_scale=softmax_scale, softcap=softcap
-            )
+            out, _ = dense_attention(q[one], k[one], v[one], allowed=seen, softmax_scale=softmax_scale, softcap=softcap)
             outs.append(out)
             logits.append(gates[one, :, :, slot].masked_fill(~seen.any(-1).T[None], float("-inf")))
         logit = torch.stack(logits, dim=-1)  # [1, T, H, S]

@@ -93,17 +93,16 @@ def allowed(selection: Selection, k_positions: Tensor) -> Tensor:
 
 
 def joined(parts: Sequence[Selection]) -> Selection:
-    """Return the union of selections of the same queries that share no key; at most one of them has classes.
-
-    Slots without classes see keys of class 0 only, where another part has classes: give them classes of their own.
-    """
+    """Return the union of selections of the same queries that share no key: all of the same classes, or none of any."""
     assert parts
     block_size = max(part.block_size for part in parts)
     classed = [part for part in parts if part.key_class is not None]
     assert not classed or len(classed) == len(parts), "either all parts have classes or none has"
     assert all(part.key_class is classed[0].key_class for part in classed), "parts have the same classes of keys"
     lo, hi = (torch.cat([getattr(part, name) for part in parts], dim=-1) for name in ("lo", "hi"))
-    slot_class = torch.cat([part.slot_class for part in classed if part.slot_class is not None], -1) if classed else None
+    slot_class = (
+        torch.cat([part.slot_class for part in classed if part.slot_class is not None], -1) if classed else None
+    )
     return Selection(
         lo=lo,
         hi=hi,
