@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from longctx.attention import ContextParallelAttention
 from longctx.kernels.mask import causal, sliding_window
 from longctx.linear_attention import ContextParallelLinearAttention
-from longctx.mixers.config import MixersConfig, SoftmaxMixerConfig
+from longctx.mixers.config import MixersConfig
 from longctx.mixers.layers import Layers
 from longctx.mixers.linear import LinearMixer
 from longctx.mixers.pattern import LINEAR_KINDS, parse_round
 from longctx.mixers.place import Place
+from longctx.mixers.softmax_config import SoftmaxMixerConfig
 from longctx.model import ModelConfig, SelfAttention, initial_weight
 from longctx.norms import RMSNorm
 from longctx.parallel.layout import Layout

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx import liger
-from longctx.mixers.config import SoftmaxMixerConfig
 from longctx.mixers.initial import mixer_weight
 from longctx.mixers.layers import Layers
 from longctx.mixers.linear import LinearMixer
 from longctx.mixers.pattern import LINEAR_KINDS
 from longctx.mixers.place import Attend, Place
+from longctx.mixers.softmax_config import SoftmaxMixerConfig
 from longctx.norms import RMSNorm
 from longctx.rope import RopeTable, apply_rope, rope_table
 

@@ -71,7 +71,8 @@ def members(blocks: Blocks) -> Tensor:
 def block_mean(x: Tensor, blocks: Blocks) -> Tensor:
     """Return the mean of each block's summarised tokens, float32 (float64 for float64): `[B, T, ...] -> [B, N, ...]`.
 
-    A block's numbers are added in one order, whichever blocks are beside it: the same bits on every rank. Differentiable.
+    A block's numbers are added in one order, whichever blocks are beside it: on every rank the same
+    bits. Differentiable.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cut = by_block(x.to(wide), blocks.block_size)  # [B, N, block, ...]

@@ -1,4 +1,4 @@
-"""Attention to what a selection lets through, as the formulas read: dense, differentiable by autograd, on any device."""
+"""Attention to what a selection lets through, as the formulas read: dense, differentiable by autograd."""
 
 import torch
 from torch import Tensor

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from longctx.kernels.linear.feature_maps import FEATURE_MAPS, make_feature_map
 from longctx.kernels.linear.op import KERNELS
 from longctx.mixers.pattern import LINEAR_KINDS
+from longctx.mixers.softmax_config import SoftmaxMixerConfig
 from longctx.mixers.transition import DECAYS
 from longctx.norms import HEAD_NORMS
 
@@ -28,19 +29,6 @@ _KNOWN = {
     "kernel": KERNELS,
 }
 _PERFORMER = ("features", "feature_seed", "redraw_every")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftmaxMixerConfig:
-    """What surrounds softmax attention in layers of this kind.
-
-    Attributes:
-        rope: whether q and k are rotated by their positions; false = they know none (NoPE).
-        gate: `none`, or `sigmoid`: outputs are multiplied with sigmoid(W x) (Qwen3-Next; arXiv 2505.06708).
-    """
-
-    rope: bool = True
-    gate: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,12 +89,12 @@ class SparsePlace(Protocol):
 
         Args:
             k, v: `[B, N, HK, D]`.
-            seen: int64 `[R, T, 2]`: query t sees the summaries from `seen[..., 0]` up to, not including, `seen[..., 1]`.
+            seen: int64 `[R, T, 2]`: query t sees summaries `seen[..., 0]` up to, not including, `seen[..., 1]`.
         """
         ...
 
     def gather_keys(self, k: Tensor) -> Tensor:
-        """Return every rank's keys `[B, total, HK, D]`, without gradient: for distillation only, which needs them all."""
+        """Return every rank's keys `[B, total, HK, D]`, without gradient: only distillation needs them all."""
         ...
 
     def add_loss(self, loss: Tensor) -> None:

@@ -1,0 +1,90 @@
+"""What all kinds of sparse softmax attention have in common: settings, and a module between q, k, v and out."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from longctx.mixers.softmax_config import SoftmaxMixerConfig
+from longctx.mixers.sparse_place import SparsePlace
+
+
+class Sizes(NamedTuple):
+    """The layer that a sparse mixer is for; `layer` of `num_layers` counts from 0."""
+
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layer: int
+    num_layers: int
+
+
+class Inputs(NamedTuple):
+    """What a layer has made of its tokens.
+
+    Attributes:
+        x: `[B, T, dim]`, the normed residual stream.
+        q, k, v: `[B, T, H, D]`, `[B, T, HK, D]`, `[B, T, HK, D]`; q and k are rotated.
+        plain_q, plain_k: the same without RoPE.
+        sink_logits: `[H]`, or None.
+    """
+
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plain_q: Tensor
+    plain_k: Tensor
+    sink_logits: Tensor | None
+
+
+class SparseMixer(nn.Module):
+    """Select and attend; parameters, if there are any, are those of the selection and of gates between branches."""
+
+    def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
+        """Return out `[B, T, H, D]`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseMixerConfig(SoftmaxMixerConfig):
+    """Settings of a kind of sparse attention.
+
+    Attributes:
+        kernel: who computes what is selected: `auto`, `torch`, `triton` or `reference`.
+    """
+
+    kernel: str = "auto"
+
+    @property
+    def whole(self) -> int:
+        """Return of how many tokens a block must not be cut by the layout: 1 where blocks are not summarised."""
+        return 1
+
+    @property
+    def takes_sinks(self) -> bool:
+        """Tell whether `model.sink_logits` can be honoured: there is one softmax."""
+        return True
+
+    def validate(self, kind: str) -> None:
+        """Refuse impossible settings; names keys as `mixers.<kind>.<key>`."""
+        raise NotImplementedError
+
+    def make(self, sizes: Sizes) -> SparseMixer:
+        """Return the module of a layer."""
+        raise NotImplementedError
+
+    def pairs(self, begin: int, length: int) -> int:
+        """Return how many (query, key) pairs a head computes in a document of `length` tokens from position `begin`.
+
+        The mean over heads, rounded; of routed kinds with every candidate block counted as a whole one.
+        """
+        raise NotImplementedError
+
+
+def at_least(kind: str, least: int, **values: int) -> None:
+    """Refuse settings below a bound (ValueError)."""
+    for key, value in values.items():
+        if value < least:
+            raise ValueError(f"mixers.{kind}.{key} must be >= {least}; given {value}")
