@@ -8,7 +8,7 @@ A linear kind is a recurrence (`kernels/linear/contract.py`) with its surroundin
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from longctx.kernels.linear.feature_maps import FEATURE_MAPS, make_feature_map
 from longctx.kernels.linear.op import KERNELS
@@ -128,8 +128,8 @@ class MixersConfig:
         kda: Kimi Delta Attention, 2510.26692.
     """
 
-    full: SoftmaxMixerConfig = SoftmaxMixerConfig()
-    window: SoftmaxMixerConfig = SoftmaxMixerConfig()
+    full: SoftmaxMixerConfig = field(default_factory=SoftmaxMixerConfig)
+    window: SoftmaxMixerConfig = field(default_factory=SoftmaxMixerConfig)
     linear: MixerConfig = MixerConfig(feature_map="elu1")
     lightning: MixerConfig = MixerConfig(activation="silu", decay="lightning", norm="rms", gate="sigmoid")
     transnormer: MixerConfig = MixerConfig(
