@@ -31,6 +31,11 @@ class SparsePlace(Protocol):
         """Return the same for this rank's tokens, int64 `[R, T]`."""
         ...
 
+    @property
+    def softcap(self) -> float | None:
+        """Return c of the scores' `c tanh(s / c)` (`model.softcap`); None = none."""
+        ...
+
     def own_blocks(self, block_size: int) -> Blocks:
         """Return the blocks of this rank's tokens, in the order of its tokens."""
         ...
@@ -90,6 +95,19 @@ class SparsePlace(Protocol):
         Args:
             k, v: `[B, N, HK, D]`.
             seen: int64 `[R, T, 2]`: query t sees summaries `seen[..., 0]` up to, not including, `seen[..., 1]`.
+        """
+        ...
+
+    def recur(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return causal linear attention inside documents: `out_t = sum over j <= t of (q_t . k_j) v_j`.
+
+        Neither scaled nor divided by anything.
+
+        Args:
+            q, k: `[B, T, H, K]`; v: `[B, T, H, V]`: as many heads of each.
+
+        Returns:
+            `[B, T, H, V]`.
         """
         ...
 

@@ -87,6 +87,12 @@ class WholeSparse:
         allowed = (place >= seen[..., :1]) & (place < seen[..., 1:])  # [R, T, N]
         return self._rows(q, k, v, allowed, None)
 
+    def recur(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        place = self.positions
+        allowed = (place >= self.first[..., None]) & (place <= place[:, None])  # [R, T, T]
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * allowed[:, None]
+        return torch.einsum("bhqk,bkhd->bqhd", scores, v)
+
     def add_loss(self, loss: Tensor) -> None:
         self.losses.append(loss)
 

@@ -1,0 +1,94 @@
+"""Keys of a query's own cluster (Routing Transformer, arXiv 2003.05997).
+
+Queries and keys, normalised to one length, belong to the centroid that they point at most. The paper balances clusters:
+each takes its w nearest tokens of the whole sequence, later ones included. Here each token chooses for itself, and a
+query sees the last `window` keys of its cluster: nothing depends on what comes later.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longctx.kernels.block_sparse.selection import Selection
+from longctx.kernels.merge import accumulator_dtype
+
+_ROWS = 64  # of one matrix product of `nearest`: the same shape whatever number of tokens a rank has
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Return x with mean 0 and variance 1 over its last dim, float32 (float64 for float64), as the paper's layer norm
+    without weights."""
+    return F.layer_norm(x.to(accumulator_dtype(x.dtype)), x.shape[-1:])
+
+
+@torch.no_grad()
+def nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """Return the centroid of the greatest cosine, of equals the first: int32 `[B, T, HS]`.
+
+    Args:
+        x: `[B, T, HS, D]`.
+        centroids: `[HS, C, D]`.
+    """
+    unit = F.normalize(centroids.to(x.dtype), dim=-1)
+    batch, tokens = x.shape[:2]
+    rows = F.pad(x, (0, 0, 0, 0, 0, -tokens % _ROWS)).unflatten(1, (-1, _ROWS)).transpose(2, 3)  # [B, n, HS, rows, D]
+    cosine = torch.matmul(rows, unit.mT)  # [B, n, HS, rows, C]
+    return cosine.argmax(-1).transpose(2, 3).reshape(batch, -1, x.shape[2])[:, :tokens].to(torch.int32)
+
+
+def kmeans_error(x: Tensor, centroids: Tensor, cluster: Tensor) -> Tensor:
+    """Return sum |x - centroid|^2 over all tokens and heads, differentiable in the centroids only.
+
+    Its gradient in a centroid is 2 (count c - sum x): a step along it is MacQueen's online k-means. Computed from
+    counts and sums, so that nothing is scattered: the same bits every time, at the price of cancellation where x is
+    close to its centroid.
+
+    Args:
+        x: `[B, T, HS, D]`.
+        centroids: `[HS, C, D]`.
+        cluster: int32 `[B, T, HS]`.
+    """
+    x = x.detach()
+    one_hot = F.one_hot(cluster.long(), centroids.shape[1]).to(x.dtype)  # [B, T, HS, C]
+    count = one_hot.sum((0, 1))
+    total = torch.einsum("bthc,bthd->hcd", one_hot, x)
+    wide = centroids.to(x.dtype)
+    return x.square().sum() - 2 * (wide * total).sum() + (count * wide.square().sum(-1)).sum()
+
+
+def cluster_selection(
+    q_cluster: Tensor, k_cluster: Tensor, *, positions: Tensor, first: Tensor, window: int, block_size: int
+) -> Selection:
+    """Let a query see the last `window` keys of its cluster, at or before itself in its document, and its own key.
+
+    Its own key is one of the window where it is of the same cluster, else one more.
+
+    Args:
+        q_cluster: int `[B, T, HS]`, of the queries at positions, int64 `[T]`.
+        k_cluster: int32 `[B, total, HS]`, of all keys.
+        first: int64 `[R, T]`, the first position of each query's document.
+
+    Returns:
+        The selection, with two slots: the cluster, and the own key.
+    """
+    total = k_cluster.shape[1]
+    place = torch.arange(total, device=k_cluster.device)
+    codes = (k_cluster.long() * total + place[:, None]).transpose(1, 2).contiguous().sort(-1).values
+    base = q_cluster.long().transpose(1, 2).contiguous() * total  # [B, HS, T]; codes are [B, HS, total]
+    behind = torch.searchsorted(codes, base + positions, right=True)  # of the last key at or before the query
+    newest = codes.gather(-1, (behind - 1).clamp(min=0)) - base
+    oldest = codes.gather(-1, (behind - window).clamp(min=0)) - base
+    newest = torch.where(behind > 0, newest, -1)  # negative too where it is of another cluster
+    own = k_cluster[:, positions].transpose(1, 2)
+    apart = own != q_cluster.transpose(1, 2)
+    start, at = first[:, None, :], positions.expand_as(base)
+    lo = torch.stack([torch.maximum(oldest, start), torch.where(apart, at, 1)], dim=-1)
+    hi = torch.stack([newest, torch.where(apart, at, 0)], dim=-1)
+    slot_class = torch.stack([q_cluster.long().transpose(1, 2), own.long()], dim=-1)
+    return Selection(
+        lo=lo.transpose(1, 2),
+        hi=hi.transpose(1, 2),
+        slot_class=slot_class.transpose(1, 2),
+        key_class=k_cluster,
+        block_size=block_size,
+    )

@@ -1,0 +1,106 @@
+"""MoSA: a router chooses which tokens every head keeps (arXiv 2505.00315)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longctx.kernels.block_sparse.routing.mosa import chunk_selection, expert_selection
+from longctx.kernels.merge import accumulator_dtype
+from longctx.kernels.precision import without_autocast
+from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.mixers.sparse_place import SparsePlace
+
+_SELECTIONS = ("chunk", "expert")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MosaConfig(SparseMixerConfig):
+    """Settings of MoSA.
+
+    Attributes:
+        selection: `chunk`: of every chunk its best tokens are seen by all later chunks; causal. `expert`: the paper's
+            expert choice of the best tokens of the whole document, which is NOT causal: whether a token is kept depends
+            on tokens after it, so that losses of next tokens are not those of a model that could generate them.
+        chunk: tokens of a chunk, counted from where a document begins; of `selection=chunk`.
+        sparsity: one token of so many is kept, of a chunk or of a document.
+        block_size: tokens that kernels and ranks handle together.
+    """
+
+    selection: str = "chunk"
+    chunk: int = 256
+    sparsity: int = 16
+    block_size: int = 64
+
+    def validate(self, kind: str) -> None:
+        if self.selection not in _SELECTIONS:
+            raise ValueError(
+                f"mixers.{kind}.selection={self.selection} is not known; known are {', '.join(_SELECTIONS)}"
+            )
+        at_least(kind, 1, chunk=self.chunk, sparsity=self.sparsity, block_size=self.block_size)
+        if self.selection == "chunk" and self.chunk % self.sparsity:
+            raise ValueError(
+                f"mixers.{kind}.chunk={self.chunk} must be a multiple of mixers.{kind}.sparsity={self.sparsity}: of a "
+                "chunk, chunk / sparsity tokens are kept"
+            )
+
+    def make(self, sizes: Sizes) -> "Mosa":
+        return Mosa(self, sizes)
+
+    def pairs(self, begin: int, length: int) -> int:
+        """Return the pairs of a head: of each chunk its triangle and what those before keep, or the triangle of what
+        the document keeps."""
+        if self.selection == "expert":
+            count = -(-length // self.sparsity)
+            return count * (count + 1) // 2
+        chunks, rest = divmod(length, self.chunk)
+        keep = self.chunk // self.sparsity
+        inside = chunks * self.chunk * (self.chunk + 1) // 2 + rest * (rest + 1) // 2
+        return inside + keep * (self.chunk * chunks * (chunks - 1) // 2 + rest * chunks)
+
+
+class Mosa(SparseMixer):
+    """A sigmoid router r = sigmoid(W x) for each KV head; query heads that share one keep the same tokens.
+
+    Selected by the logits W x, which a sigmoid would not reorder but round to equals. The router learns through a
+    product with r: in the paper, and with `expert`, that of the outputs of what is kept; with `chunk`, where all
+    queries have outputs, that of every value, v_j r_j.
+    """
+
+    def __init__(self, config: MosaConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.config = config
+        self.router = nn.Linear(sizes.dim, sizes.kv_heads, bias=False)
+
+    @without_autocast
+    def _logits(self, x: Tensor) -> Tensor:
+        wide = accumulator_dtype(x.dtype)
+        return F.linear(x.to(wide), self.router.weight.to(wide))  # [B, T, HK]
+
+    def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
+        q, k, v = inputs.q, inputs.k, inputs.v
+        logits = self._logits(inputs.x)
+        weight = torch.sigmoid(logits).to(v.dtype)[..., None]
+        scores = place.gather_tokens(logits.detach())
+        if self.config.selection == "expert":
+            chosen = expert_selection(
+                scores,
+                document_of=place.document_of,
+                positions=place.positions,
+                first=place.first,
+                sparsity=self.config.sparsity,
+                block_size=self.config.block_size,
+            )
+            out = place.attend(q, k, v, selection=chosen, sink_logits=inputs.sink_logits)
+            return out * weight.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        chosen = chunk_selection(
+            scores,
+            document_of=place.document_of,
+            positions=place.positions,
+            first=place.first,
+            chunk=self.config.chunk,
+            keep=self.config.chunk // self.config.sparsity,
+            block_size=self.config.block_size,
+        )
+        return place.attend(q, k, v * weight, selection=chosen, sink_logits=inputs.sink_logits)

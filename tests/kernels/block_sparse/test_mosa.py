@@ -1,0 +1,91 @@
+"""What routers keep, against lists sorted in Python; what queries see of it, key by key."""
+
+import pytest
+import torch
+
+from longctx.kernels.block_sparse.routing.mosa import chunk_selection, expert_selection, kept
+from longctx.kernels.block_sparse.selection import allowed
+
+DOCUMENTS = (13, 1, 7, 24, 2)
+TOTAL = sum(DOCUMENTS)
+
+
+def documents(*rows: tuple[int, ...]) -> torch.Tensor:
+    starts = []
+    for row in rows:
+        begin = torch.tensor((0, *row[:-1])).cumsum(0)
+        starts.append(begin.repeat_interleave(torch.tensor(row)))
+    return torch.stack(starts)
+
+
+def scores(*, equal: bool, batch: int = 2, heads: int = 3) -> torch.Tensor:
+    draw = torch.randn(batch, TOTAL, heads, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return draw.round() if equal else draw  # whole numbers: many equals
+
+
+def best(values: list[float], count: int) -> set[int]:
+    return set(sorted(range(len(values)), key=lambda place: (-values[place], place))[:count])
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_kept_are_the_best_of_each_group(equal):
+    group, draw = documents(DOCUMENTS), scores(equal=equal)
+    quota = torch.full_like(group, 3)
+    got = kept(draw, group=group, quota=quota)
+    for row in range(2):
+        for head in range(3):
+            for begin in group[0].unique().tolist():
+                places = (group[0] == begin).nonzero().flatten().tolist()
+                chosen = best(draw[row, places, head].tolist(), 3)
+                assert {place for place in range(len(places)) if got[row, places[place], head]} == chosen
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("own", [slice(0, TOTAL), slice(1, TOTAL, 3)])
+def test_chunks(equal, own):
+    draw, document_of = scores(equal=equal), documents(DOCUMENTS, (TOTAL,))
+    positions = torch.arange(TOTAL)[own]
+    chosen = chunk_selection(
+        draw,
+        document_of=document_of,
+        positions=positions,
+        first=document_of[:, positions],
+        chunk=6,
+        keep=2,
+        block_size=8,
+    )
+    seen = allowed(chosen, torch.arange(TOTAL))
+    for row in range(2):
+        for head in range(3):
+            for at, query in enumerate(positions.tolist()):
+                first = int(document_of[row, query])
+                start = first + (query - first) // 6 * 6
+                want = set(range(start, query + 1))
+                for chunk in range(first, start, 6):
+                    want |= {chunk + place for place in best(draw[row, chunk : chunk + 6, head].tolist(), 2)}
+                assert set(seen[row, head, at].nonzero().flatten().tolist()) == want
+
+
+@pytest.mark.parametrize("sparsity", [1, 4, 100])
+def test_expert_choice(sparsity):
+    draw, document_of = scores(equal=True), documents(DOCUMENTS)
+    positions = torch.arange(0, TOTAL, 2)
+    chosen = expert_selection(
+        draw,
+        document_of=document_of,
+        positions=positions,
+        first=document_of[:, positions],
+        sparsity=sparsity,
+        block_size=8,
+    )
+    seen = allowed(chosen, torch.arange(TOTAL))
+    for row in range(2):
+        for head in range(3):
+            good = set()
+            for begin, length in zip(document_of[0].unique().tolist(), DOCUMENTS, strict=True):
+                part = draw[row, begin : begin + length, head].tolist()
+                good |= {begin + place for place in best(part, -(-length // sparsity))}
+            for at, query in enumerate(positions.tolist()):
+                first = int(document_of[0, query])
+                want = {key for key in good if first <= key <= query} if query in good else set()
+                assert set(seen[row, head, at].nonzero().flatten().tolist()) == want
