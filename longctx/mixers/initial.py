@@ -1,4 +1,4 @@
-"""Initial values of the weights that only linear layers have."""
+"""Initial values of the weights that only linear and sparse layers have."""
 
 import math
 
@@ -13,7 +13,7 @@ def mixer_weight(name: str, shape: torch.Size, *, generator: torch.Generator) ->
     """Return the initial value of a parameter, float32; None for those that are initialised as any other matrix.
 
     Decays begin between 1 and 16 times 0.001 to 0.1 per token, as in Mamba-2; convolutions as PyTorch's own; Hedgehog's
-    maps with the identity.
+    maps and landmarks with the identity; what SLA adds to softmax attention with 0.
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "A_log":
@@ -24,6 +24,8 @@ def mixer_weight(name: str, shape: torch.Size, *, generator: torch.Generator) ->
     if leaf == "conv_weight":
         bound = shape[-1] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if leaf in ("query_weight", "key_weight"):
+    if leaf in ("query_weight", "key_weight", "landmark_weight"):
         return torch.eye(shape[-1]).expand(shape)
+    if leaf == "rest_weight":
+        return torch.zeros(shape)
     return None

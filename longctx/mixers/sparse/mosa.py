@@ -45,7 +45,7 @@ class MosaConfig(SparseMixerConfig):
                 "chunk, chunk / sparsity tokens are kept"
             )
 
-    def make(self, sizes: Sizes) -> "Mosa":
+    def make(self, sizes: Sizes) -> SparseMixer:
         return Mosa(self, sizes)
 
     def pairs(self, begin: int, length: int) -> int:
@@ -68,9 +68,9 @@ class Mosa(SparseMixer):
     queries have outputs, that of every value, v_j r_j.
     """
 
-    def __init__(self, config: MosaConfig, sizes: Sizes) -> None:
+    def __init__(self, settings: MosaConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.config = config
+        self.settings = settings
         self.router = nn.Linear(sizes.dim, sizes.kv_heads, bias=False)
 
     @without_autocast
@@ -83,14 +83,14 @@ class Mosa(SparseMixer):
         logits = self._logits(inputs.x)
         weight = torch.sigmoid(logits).to(v.dtype)[..., None]
         scores = place.gather_tokens(logits.detach())
-        if self.config.selection == "expert":
+        if self.settings.selection == "expert":
             chosen = expert_selection(
                 scores,
                 document_of=place.document_of,
                 positions=place.positions,
                 first=place.first,
-                sparsity=self.config.sparsity,
-                block_size=self.config.block_size,
+                sparsity=self.settings.sparsity,
+                block_size=self.settings.block_size,
             )
             out = place.attend(q, k, v, selection=chosen, sink_logits=inputs.sink_logits)
             return out * weight.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
@@ -99,8 +99,8 @@ class Mosa(SparseMixer):
             document_of=place.document_of,
             positions=place.positions,
             first=place.first,
-            chunk=self.config.chunk,
-            keep=self.config.chunk // self.config.sparsity,
-            block_size=self.config.block_size,
+            chunk=self.settings.chunk,
+            keep=self.settings.chunk // self.settings.sparsity,
+            block_size=self.settings.block_size,
         )
         return place.attend(q, k, v * weight, selection=chosen, sink_logits=inputs.sink_logits)

@@ -37,7 +37,7 @@ class RoutingConfig(SparseMixerConfig):
                 f"{self.commitment}"
             )
 
-    def make(self, sizes: Sizes) -> "Routing":
+    def make(self, sizes: Sizes) -> SparseMixer:
         return Routing(self, sizes)
 
     def pairs(self, begin: int, length: int) -> int:
@@ -55,10 +55,10 @@ class Routing(SparseMixer):
     which reaches nothing else: the optimizer's step on it is online k-means, where the paper has a moving average.
     """
 
-    def __init__(self, config: RoutingConfig, sizes: Sizes) -> None:
+    def __init__(self, settings: RoutingConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.config = config
-        self.centroids = nn.Parameter(torch.empty(sizes.kv_heads, config.clusters, sizes.head_dim))
+        self.settings = settings
+        self.centroids = nn.Parameter(torch.empty(sizes.kv_heads, settings.clusters, sizes.head_dim))
 
     def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
         q_cluster, k_cluster = self._assign(inputs, place)
@@ -67,8 +67,8 @@ class Routing(SparseMixer):
             place.gather_tokens(k_cluster),
             positions=place.positions,
             first=place.first,
-            window=self.config.window,
-            block_size=self.config.block_size,
+            window=self.settings.window,
+            block_size=self.settings.block_size,
         )
         return place.attend(inputs.q, inputs.k, inputs.v, selection=chosen, sink_logits=inputs.sink_logits)
 
@@ -81,5 +81,5 @@ class Routing(SparseMixer):
         q_cluster, k_cluster = nearest(q, self.centroids), nearest(k, self.centroids)
         if self.training:
             error = kmeans_error(q, self.centroids, q_cluster) + kmeans_error(k, self.centroids, k_cluster)
-            place.add_loss(self.config.commitment * error / (head_dim * heads))
+            place.add_loss(self.settings.commitment * error / (head_dim * heads))
         return q_cluster, k_cluster

@@ -1,0 +1,84 @@
+"""Landmark Attention without tokens of its own for landmarks (arXiv 2305.16300)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from longctx.kernels.block_sparse.routing.landmark import last_of_blocks, own_block_lse, picked_scores
+from longctx.kernels.block_sparse.routing.moba import moba_blocks
+from longctx.kernels.block_sparse.routing.pairs import routed_pairs
+from longctx.kernels.block_sparse.selection import selected_blocks
+from longctx.kernels.merge import accumulator_dtype
+from longctx.kernels.precision import without_autocast
+from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.mixers.sparse_place import SparsePlace
+
+
+@dataclass(frozen=True, kw_only=True)
+class LandmarkConfig(SparseMixerConfig):
+    """Settings of Landmark Attention.
+
+    Attributes:
+        block_size: tokens that a landmark stands for, itself included.
+        topk: blocks that a query sees, its own one included; the paper trains with all and selects in inference.
+    """
+
+    block_size: int = 64
+    topk: int = 8
+
+    @property
+    def whole(self) -> int:
+        return self.block_size
+
+    def validate(self, kind: str) -> None:
+        at_least(kind, 1, block_size=self.block_size, topk=self.topk)
+
+    def make(self, sizes: Sizes) -> SparseMixer:
+        return Landmark(self, sizes)
+
+    def pairs(self, begin: int, length: int) -> int:
+        return routed_pairs(begin, length, block_size=self.block_size, others=self.topk - 1)
+
+
+class Landmark(SparseMixer):
+    """A grouped softmax over the tokens of the own block and the landmarks of the best blocks before it.
+
+    The paper inserts a landmark token behind every block of the data. Here nothing is inserted: the last token of a
+    block doubles as its landmark, with a key of its own for that: `landmark_weight [HK, D, D]`, which begins as the
+    identity, times its key as attention has it (rotated, where keys are). Scores of landmarks have gradients, so that
+    they learn what to retrieve; ranks exchange nothing but the landmarks' keys (float32).
+    """
+
+    def __init__(self, settings: LandmarkConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.settings = settings
+        self.landmark_weight = nn.Parameter(torch.eye(sizes.head_dim).repeat(sizes.kv_heads, 1, 1))
+
+    def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
+        q, k = inputs.q, inputs.k
+        block_size = self.settings.block_size
+        landmarks = self._landmarks(k, place)
+        picks = moba_blocks(  # by q . landmark: neither the scale nor a softcap changes the order
+            q,
+            landmarks.detach(),
+            blocks=place.all_blocks(block_size),
+            positions=place.positions,
+            first=place.first,
+            topk=self.settings.topk,
+        )
+        chosen = selected_blocks(picks, block_size=block_size, positions=place.positions, first=place.first)
+        before = picked_scores(q, landmarks, picks[..., :-1], softcap=place.softcap)
+        own = own_block_lse(
+            q, k, positions=place.positions, first=place.first, block_size=block_size, softcap=place.softcap
+        )
+        gates = torch.cat([before, own[..., None]], dim=-1)
+        return place.attend(q, k, inputs.v, selection=chosen, gates=gates, sink_logits=inputs.sink_logits)
+
+    @without_autocast
+    def _landmarks(self, k: Tensor, place: SparsePlace) -> Tensor:
+        """Return the keys of all landmarks, `[B, N, HK, D]`."""
+        block_size = self.settings.block_size
+        last = last_of_blocks(k, place.own_blocks(block_size)).to(accumulator_dtype(k.dtype))
+        own = torch.einsum("bnhd,hde->bnhe", last, self.landmark_weight.to(last.dtype))
+        return place.gather_blocks(own, block_size=block_size)

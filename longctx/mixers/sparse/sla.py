@@ -1,0 +1,94 @@
+"""Sparse-Linear Attention, made causal (SLA, arXiv 2509.24006)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from longctx.kernels.block_sparse.blocks import block_mean
+from longctx.kernels.block_sparse.routing.moba import moba_blocks
+from longctx.kernels.block_sparse.routing.pairs import routed_pairs
+from longctx.kernels.block_sparse.routing.sla import FEATURE_MAPS, features, left_out, rest_of, with_ones
+from longctx.kernels.block_sparse.selection import Selection, selected_blocks
+from longctx.kernels.precision import without_autocast
+from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.mixers.sparse_place import SparsePlace
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlaConfig(SparseMixerConfig):
+    """Settings of SLA.
+
+    Attributes:
+        block_size: tokens of a block.
+        topk: critical blocks of a query, its own one included.
+        feature_map: phi of the linear part: `softmax` over the head dim, or `elu1`.
+    """
+
+    block_size: int = 64
+    topk: int = 8
+    feature_map: str = "softmax"
+
+    @property
+    def whole(self) -> int:
+        return self.block_size
+
+    @property
+    def takes_sinks(self) -> bool:
+        return False
+
+    def validate(self, kind: str) -> None:
+        at_least(kind, 1, block_size=self.block_size, topk=self.topk)
+        if self.feature_map not in FEATURE_MAPS:
+            raise ValueError(
+                f"mixers.{kind}.feature_map={self.feature_map} is not known; known are {', '.join(FEATURE_MAPS)}"
+            )
+
+    def make(self, sizes: Sizes) -> SparseMixer:
+        return Sla(self, sizes)
+
+    def pairs(self, begin: int, length: int) -> int:
+        """Return those of the softmax and, as many, those of the sum that is taken off linear attention."""
+        return 2 * routed_pairs(begin, length, block_size=self.block_size, others=self.topk - 1)
+
+
+class Sla(SparseMixer):
+    """Softmax over the own block and the best ones before it, plus a projection of linear attention to all others.
+
+    Blocks are chosen by every query for itself, as in MoBA, where the paper pools queries too: a pooled one would know
+    queries that come later. Of the paper's negligible blocks, which it skips, there are none. The projection,
+    `rest_weight [H, D, D]`, begins at 0: the layer as softmax attention alone.
+    """
+
+    def __init__(self, settings: SlaConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.settings = settings
+        self.rest_weight = nn.Parameter(torch.zeros(sizes.heads, sizes.head_dim, sizes.head_dim))
+
+    def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
+        assert inputs.sink_logits is None, "SlaConfig.takes_sinks"
+        block_size = self.settings.block_size
+        with torch.no_grad():
+            means = place.gather_blocks(block_mean(inputs.k, place.own_blocks(block_size)), block_size=block_size)
+            picks = moba_blocks(
+                inputs.q,
+                means,
+                blocks=place.all_blocks(block_size),
+                positions=place.positions,
+                first=place.first,
+                topk=self.settings.topk,
+            )
+        chosen = selected_blocks(picks, block_size=block_size, positions=place.positions, first=place.first)
+        some = left_out(picks[..., :-1], block_size=block_size, positions=place.positions, first=place.first)
+        out = place.attend(inputs.q, inputs.k, inputs.v, selection=chosen)
+        return out + self._rest(inputs, chosen, some, place).to(out.dtype)
+
+    @without_autocast
+    def _rest(self, inputs: Inputs, chosen: Selection, some: Tensor, place: SparsePlace) -> Tensor:
+        q, k, v = inputs.q, inputs.k, inputs.v
+        phi_q, phi_k = (features(x, self.settings.feature_map) for x in (q, k))
+        values = with_ones(v)
+        group = q.shape[2] // k.shape[2]
+        every = place.recur(phi_q, *(x.repeat_interleave(group, dim=2) for x in (phi_k, values)))
+        rest = rest_of(every, place.attend_sum(phi_q, phi_k, values, selection=chosen), some)
+        return torch.einsum("bthd,hde->bthe", rest, self.rest_weight.to(rest.dtype))
