@@ -1,0 +1,66 @@
+"""Mixture of Block Attention (MoBA, arXiv 2502.13189)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longctx.kernels.block_sparse.blocks import block_mean
+from longctx.kernels.block_sparse.routing.moba import moba_blocks
+from longctx.kernels.block_sparse.routing.pairs import routed_pairs
+from longctx.kernels.block_sparse.selection import selected_blocks
+from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.mixers.sparse_place import SparsePlace
+
+
+@dataclass(frozen=True, kw_only=True)
+class MobaConfig(SparseMixerConfig):
+    """Settings of MoBA.
+
+    Attributes:
+        block_size: tokens of a block.
+        topk: blocks that a query sees, its own one included: 1 = only that.
+    """
+
+    block_size: int = 512
+    topk: int = 3
+
+    @property
+    def whole(self) -> int:
+        return self.block_size
+
+    def validate(self, kind: str) -> None:
+        at_least(kind, 1, block_size=self.block_size, topk=self.topk)
+
+    def make(self, sizes: Sizes) -> SparseMixer:
+        return Moba(self)
+
+    def pairs(self, begin: int, length: int) -> int:
+        return routed_pairs(begin, length, block_size=self.block_size, others=self.topk - 1)
+
+
+class Moba(SparseMixer):
+    """One softmax over a query's own block and the best blocks before it, for every query head by itself.
+
+    Nothing is learnt, and the choice has no gradient: keys are trained by what they are attended for. Ranks exchange
+    the means of their blocks' keys (float32).
+    """
+
+    def __init__(self, settings: MobaConfig) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
+        block_size = self.settings.block_size
+        with torch.no_grad():
+            means = place.gather_blocks(block_mean(inputs.k, place.own_blocks(block_size)), block_size=block_size)
+            chosen = moba_blocks(
+                inputs.q,
+                means,
+                blocks=place.all_blocks(block_size),
+                positions=place.positions,
+                first=place.first,
+                topk=self.settings.topk,
+            )
+        selection = selected_blocks(chosen, block_size=block_size, positions=place.positions, first=place.first)
+        return place.attend(inputs.q, inputs.k, inputs.v, selection=selection, sink_logits=inputs.sink_logits)
