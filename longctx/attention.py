@@ -133,8 +133,11 @@ class ContextParallelAttention:
         )
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         call = Call(
-            plan=plan,
+            layout=self.layout,
+            schedule=self.schedule,
             transport=self.transport,
+            total=plan.total,
+            plan=plan,
             kernel=resolve_kernel(self.kernel, request),
             scores=Scores(softmax_scale=scale, softcap=softcap),
             split=split,

@@ -9,62 +9,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longctx.arrangement import Arrangement
 from longctx.kernels.contract import LocalKernel, Scores, WorkList
-from longctx.kernels.merge import Partial, accumulator_dtype, empty_partial
+from longctx.kernels.merge import accumulator_dtype, empty_partial
 from longctx.kernels.precision import without_autocast
 from longctx.kernels.softmax.delta import row_delta
-from longctx.parallel.heads import HeadSplit, to_heads, to_tokens
+from longctx.kernels.softmax.sink import join_sink, sink_gradient
+from longctx.parallel.heads import to_heads, to_tokens
 from longctx.parallel.plan import Plan
-from longctx.parallel.schedule import KvHeads, Rows, Schedule
-from longctx.parallel.teams import Order, team_order
-from longctx.parallel.transport import Among, Transport
+from longctx.parallel.schedule import KvHeads, Rows
 
 _log = logging.getLogger(__name__)
 _told: "WeakKeyDictionary[WorkList, set[str]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class Call(Arrangement):
     """Everything but the tensors. `moves_queries`: queries go round in the backward pass, K/V stay."""
 
     plan: Plan
-    transport: Transport
     kernel: LocalKernel
     scores: Scores
-    split: HeadSplit
     moves_queries: bool
     wants_lse: bool
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.plan.schedule
-
-    @property
-    def team(self) -> Transport:
-        """Return the ranks that share heads with this one."""
-        teams, rank = self.plan.teams, self.plan.rank
-        return Among(self.transport, teams.members[teams.place(rank)[0]])
-
-    @property
-    def ring(self) -> Transport:
-        """Return the ranks that have this one's heads, one per team."""
-        return Among(self.transport, self.plan.teams.counterparts(self.plan.rank))
-
-    @property
-    def own_heads(self) -> slice:
-        own = self.split.q(self.team.rank)
-        return slice(own[0], own[-1] + 1)
-
-    @property
-    def shares(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-        """Return each member's query heads and KV heads."""
-        members = range(self.split.team)
-        return [self.split.q(member) for member in members], [self.split.kv(member) for member in members]
-
-    def order(self, device: torch.device) -> Order | None:
-        """Return in which order the team holds its tokens."""
-        teams, rank = self.plan.teams, self.plan.rank
-        return team_order(self.plan.layout, teams.members[teams.place(rank)[0]], self.plan.total, device)
 
 
 class Attention(torch.autograd.Function):
@@ -90,7 +57,7 @@ class Attention(torch.autograd.Function):
         sink = None
         if sink_logits is not None:
             sink = sink_logits.detach()[call.own_heads].to(partial.lse.dtype)
-            _join_sink(partial, sink)
+            join_sink(partial, sink)
         (out,) = to_tokens(team, (partial.out.to(q.dtype),), (q_share,), order)
         ctx.save_for_backward(q, k, v, out, partial.lse, sink)
         ctx.call = call
@@ -118,10 +85,8 @@ class Attention(torch.autograd.Function):
         dq, dk, dv = (_rotate_queries if call.moves_queries else _rotate_keys)(call, rows, k, v)
         dsink = None
         if sink is not None:
-            # The sink has weight exp(sink - lse) in every row, and no value: ds = p (0 - delta).
             dsink = lse.new_zeros(call.split.heads)
-            weights = torch.exp(sink[:, None] - lse).masked_fill_(torch.isneginf(lse), 0.0)
-            dsink[call.own_heads] = -(weights * rows.delta.transpose(1, 2)).sum(dim=(0, 2))
+            dsink[call.own_heads] = sink_gradient(sink, lse=lse, delta=rows.delta.transpose(1, 2))
             dsink = dsink.to(ctx.sink_dtype)
         # Sums over all hops are complete; only those of repeated KV heads are not.
         kv_dtype = dk.dtype if call.split.repeats_kv else k.dtype
@@ -190,11 +155,3 @@ def _tell(what: str, source: int, work: WorkList, kernel: LocalKernel) -> None:
         told.add(what)
         tiles = sum(len(part.tiles) for part in work.parts)
         _log.debug("%s, shard of %d: %d tiles by %s", what, source, tiles, kernel.serving(work))
-
-
-def _join_sink(partial: Partial, sink: Tensor) -> None:
-    """Merge `(0, sink)` into every row: a key with score `sink [H]` and value 0."""
-    total = torch.logaddexp(partial.lse, sink[:, None].expand_as(partial.lse))
-    weight = torch.exp(partial.lse - total).masked_fill_(torch.isneginf(total), 0.0)  # nothing seen, and no sink
-    partial.out.mul_(weight.transpose(1, 2).unsqueeze(-1))
-    partial.lse.copy_(total)

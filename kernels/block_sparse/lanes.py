@@ -33,13 +33,13 @@ def lanes_of(selection: Selection, k_positions: Tensor) -> Lanes:
     if selection.key_class is None or selection.slot_class is None:
         ascending = bool((k_positions[1:] > k_positions[:-1]).all())
         order = None if ascending else torch.argsort(k_positions)
-        places = k_positions if order is None else k_positions[order]
+        places = (k_positions if order is None else k_positions[order]).contiguous()
         begin = torch.searchsorted(places, selection.lo.contiguous())
         end = torch.searchsorted(places, selection.hi.contiguous(), right=True)
         return Lanes(order=None if order is None else order[None, None], begin=begin, end=end, per_head=False)
     total = selection.key_class.shape[1]
     codes = selection.key_class[:, k_positions].to(torch.int64).permute(0, 2, 1) * total + k_positions  # [R, HS, Tk]
-    codes, order = torch.sort(codes, dim=-1)
+    codes, order = torch.sort(codes.contiguous(), dim=-1)
     base = selection.slot_class * total
     # Inside of a class: what lies before the first or behind the last position would be another one's.
     lows, highs = (base + x.clamp(0, total - 1) for x in (selection.lo, selection.hi))
