@@ -12,12 +12,15 @@ from torch import Tensor
 
 from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.lanes import Lanes, add_from_lanes, lanes_of, to_lanes
-from longctx.kernels.block_sparse.pairs import Pairs, pairs_of
+from longctx.kernels.block_sparse.pairs import PAIRS_AT_ONCE, Pairs, pairs_of, pieces_of
 from longctx.kernels.block_sparse.selection import Selection
+from longctx.kernels.block_sparse.turns import Turns
 from longctx.kernels.block_sparse.weights import RowTerms, scores_of, slope_of, softmax_backward, softmax_forward
 from longctx.kernels.contract import Request, Scores
 from longctx.kernels.merge import Partial, accumulator_dtype, merge_into
 
+# Queries of a tile, of which most groups fill several, so that little is empty.
+HEIGHTS = (8, 16, 32, 64, 128, 256)
 # Keys of a tile at most, and the scores of the tiles that are computed together: on a CPU they stay in its caches.
 WIDTH = 512
 SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
@@ -53,10 +56,9 @@ class TorchSparseKernel:
         lse = queries.new_full(queries.shape[:2], float("-inf"), dtype=hop.wide)
         logits = None if gates is None else hop.rows(gates)
         for pairs in hop.pairs():
-            count = len(pairs.rows)
-            # One turn after the other: sums have one order on every device. The last place is for nobody.
-            turn_out = out.new_zeros(count * pairs.turns + 1, group, v.shape[-1])
-            turn_lse = lse.new_full((count * pairs.turns + 1, group), float("-inf"))
+            # The last place is for nobody.
+            turn_out = out.new_empty(pairs.count + 1, group, v.shape[-1])
+            turn_lse = lse.new_empty(pairs.count + 1, group)
             for tile, some in hop.batches(pairs):
                 s = scores_of(_tiled(queries[some.rows].to(hop.wide), len(tile)), keys[tile], scores)
                 if weights == "sum":
@@ -64,16 +66,13 @@ class TorchSparseKernel:
                 else:
                     part, own = softmax_forward(some.hide(s, group, float("-inf")), values[tile])
                     own = own.view(-1, group)
-                    turn_lse[some.place] = own if logits is None else logits[some.rows, :, some.slot].to(hop.wide)
-                turn_out[some.place] = part.view(-1, group, v.shape[-1])
-            turn_out, turn_lse = (x[:-1].unflatten(0, (count, pairs.turns)) for x in (turn_out, turn_lse))
+                    turn_lse[some.number] = own if logits is None else logits[some.rows, :, some.slot].to(hop.wide)
+                turn_out[some.number] = part.view(-1, group, v.shape[-1])
+            turns = Turns(pairs)
             if weights == "sum":
-                out[pairs.rows] = turn_out.sum(1)
-                continue
-            total = torch.logsumexp(turn_lse, dim=1)
-            share = (turn_lse - total.masked_fill(torch.isneginf(total), 0.0)[:, None]).exp_()
-            out[pairs.rows] = torch.einsum("nsg,nsgd->ngd", share, turn_out)
-            lse[pairs.rows] = total
+                out[turns.rows] = turns.summed(turn_out)
+            else:
+                out[turns.rows], lse[turns.rows] = turns.merged(turn_out, turn_lse)
         out = out.view(*q.shape[:3], -1)
         if weights == "sum":
             partial.out += out
@@ -146,19 +145,22 @@ class TorchSparseKernel:
 
 
 class _Some:
-    """Some tiles of queries: their rows one after the other, nobody's among them."""
+    """Some tiles of queries: their rows one after the other, nobody's among them.
 
-    def __init__(self, pairs: Pairs, first: int, last: int) -> None:
-        members = pairs.members[first:last]
+    Args:
+        members: int64 `[n, height]`, the pairs of each tile of queries, -1 where there are fewer.
+        masked: whether some see only a part of their tile of keys.
+    """
+
+    def __init__(self, pairs: Pairs, members: Tensor, *, masked: bool) -> None:
         self._shape = members.shape
         members = members.flatten()
         self.real = members >= 0
         chosen = members.clamp(min=0)
-        place = pairs.place[chosen]
-        self.rows = pairs.rows[place]
+        self.rows = pairs.rows[pairs.place[chosen]]
         self.slot = pairs.slot[chosen]
-        self.place = torch.where(self.real, place * pairs.turns + pairs.turn[chosen], len(pairs.rows) * pairs.turns)
-        self._bounds = None if last <= pairs.full else (pairs.lo[chosen], pairs.hi[chosen])
+        self.number = torch.where(self.real, pairs.number[chosen], pairs.count)
+        self._bounds = (pairs.lo[chosen], pairs.hi[chosen]) if masked else None
 
     def hide(self, s: Tensor, group: int, value: float) -> Tensor:
         """Set what rows do not see of `s [N, height G, width]`, in place."""
@@ -205,17 +207,27 @@ class _Hop:
             kv_heads=self._kv_heads,
             width=self._width,
             tiles_per_lane=self._per_lane,
+            at_once=max(PAIRS_AT_ONCE // self.group, 1),
         )
 
     def batches(self, pairs: Pairs) -> Iterator[tuple[Tensor, _Some]]:
         """Yield tiles of keys `[n]` with the tiles of queries that visit them, first those that need no mask."""
-        count, height = pairs.members.shape
+        height = _height(pairs)
+        pieces = pieces_of(pairs, height)
         limit = SCORES_AT_ONCE.get(pairs.rows.device.type, SCORES_AT_ONCE["cuda"])
         step = max(limit // (height * self.group * self._width), 1)
-        for begin, end in ((0, pairs.full), (pairs.full, count)):
+        within = torch.arange(height, device=pairs.rows.device)
+        for begin, end, masked in ((0, pieces.full, False), (pieces.full, len(pieces.tiles), True)):
             for first in range(begin, end, step):
-                last = min(first + step, end)
-                yield pairs.tiles[first:last], _Some(pairs, first, last)
+                some = slice(first, min(first + step, end))
+                members = pieces.begin[some, None] + within
+                members = torch.where(members < pieces.end[some, None], members, -1)
+                yield pieces.tiles[some], _Some(pairs, members, masked=masked)
+
+
+def _height(pairs: Pairs) -> int:
+    mean = pairs.count / max(len(pairs.groups), 1)
+    return max((height for height in HEIGHTS if 2 * height <= mean), default=HEIGHTS[0])
 
 
 def _tiled(x: Tensor, tiles: int) -> Tensor:
