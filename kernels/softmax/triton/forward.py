@@ -19,7 +19,7 @@ from longctx.kernels.softmax.triton.device import (
 
 
 @triton.jit
-def _attend(
+def attend(
     acc, top, total, q, k, v, first, rows_begin, rows_end, k_tokens, k_stride, v_stride, factor, softcap,
     D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -83,7 +83,7 @@ def forward_kernel(
         for r in range(whole, masked):
             at = ranges + r * 3
             for n in range(tl.load(at), tl.load(at + 1)):
-                acc, top, total = _attend(
+                acc, top, total = attend(
                     acc, top, total, q_block, k_head, v_head, n * BN, row, row, k_tokens, kt, vt, factor, softcap,
                     D, DV, BN, BD, BV, False, SOFTCAP, NATURAL, PRECISION,
                 )  # fmt: skip
@@ -92,7 +92,7 @@ def forward_kernel(
             seen = tl.load(at + 2).to(tl.int64) * rows + row
             row_begin, row_end = tl.load(begins + seen, mask=there, other=0), tl.load(ends + seen, mask=there, other=0)
             for n in range(tl.load(at), tl.load(at + 1)):
-                acc, top, total = _attend(
+                acc, top, total = attend(
                     acc, top, total, q_block, k_head, v_head, n * BN, row_begin, row_end, k_tokens, kt, vt, factor,
                     softcap, D, DV, BN, BD, BV, True, SOFTCAP, NATURAL, PRECISION,
                 )  # fmt: skip
