@@ -35,7 +35,7 @@ def compressed(means: Tensor, *, cells: Blocks, size: int) -> Tensor:
     ]
     total = torch.stack(counts).sum(0).clamp(min=1)
     shape = (*total.shape, *(1,) * (means.dim() - 2))
-    weights = [(each / total).to(means.dtype).view(shape) for each in counts]
+    weights = [(each.to(means.dtype) / total).view(shape) for each in counts]
     terms = [weight * means[:, cell : cell + cells.count] for cell, weight in enumerate(weights)]
     return torch.stack(terms).sum(0)
 
@@ -85,6 +85,7 @@ def nsa_blocks(
     size: int,
     select: int,
     local: int,
+    softcap: float | None = None,
     scores: int = SCORES,
 ) -> Tensor:
     """Return the `select` blocks of each query that compressed attention finds most important, summed over its group.
@@ -95,6 +96,7 @@ def nsa_blocks(
         q: `[B, T, H, D]`; positions: int64 `[T]`; first: int64 `[R, T]`.
         keys: `[B, N, HK, D]`, compressed.
         blocks: all blocks of selection.
+        softcap: of the scores of compressed attention.
 
     Returns:
         int64 `[B, T, HK, min(select, blocks)]`, -1 = none.
@@ -107,7 +109,10 @@ def nsa_blocks(
         seen = compressed_seen(positions=chunk.positions, first=chunk.first, stride=stride, size=size)
         visible = (index >= seen[..., :1]) & (index < seen[..., 1:])  # [R, n, block, N]
         blind = ~visible.any(-1)[:, :, None, None, :, None]
-        logits = (scores * scale).masked_fill(~visible[:, :, None, None], float("-inf"))
+        logits = scores * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~visible[:, :, None, None], float("-inf"))
         weights = torch.softmax(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
         of_group = importance(weights, size=size, stride=stride, block_size=block_size, blocks=blocks.count).sum(3)
         past = chunk.past(blocks)  # [R, n, block, blocks]

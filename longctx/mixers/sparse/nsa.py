@@ -106,6 +106,7 @@ class Nsa(SparseMixer):
             size=size,
             select=self.settings.select,
             local=self.settings.local,
+            softcap=place.softcap,
         )
         selection = selected_blocks(chosen, block_size=blocks.block_size, positions=positions, first=first)
         gates = torch.sigmoid(self.branch_gates(inputs.x).to(accumulator_dtype(q.dtype)))  # [B, T, 3 H]

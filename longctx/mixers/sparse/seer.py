@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from longctx.kernels.block_sparse.routing.distill import gate_loss
+from longctx.kernels.block_sparse.routing.distill import Teacher, gate_loss
 from longctx.kernels.block_sparse.routing.pairs import causal_pairs, routed_pairs
 from longctx.kernels.block_sparse.routing.seer import gate_keys, gate_queries, pooled, seer_blocks
 from longctx.kernels.block_sparse.selection import selected_blocks
@@ -127,14 +127,12 @@ class Seer(SparseMixer):
     def _loss(self, inputs: Inputs, place: SparsePlace) -> Tensor:
         q, k = self._gate(inputs, place)
         sinks = inputs.sink_logits
-        return gate_loss(
-            q,
-            k,
+        teacher = Teacher(
             q=inputs.q.detach(),
             keys=place.gather_keys(inputs.k.detach()),
-            blocks=place.all_blocks(self.settings.block_size),
-            positions=place.positions,
-            first=place.first,
             document_of=place.document_of,
+            softcap=place.softcap,
             sink_logits=None if sinks is None else sinks.detach(),
         )
+        blocks = place.all_blocks(self.settings.block_size)
+        return gate_loss(q, k, teacher=teacher, blocks=blocks, positions=place.positions, first=place.first)
