@@ -10,14 +10,16 @@ from torch import Tensor
 from longctx.kernels.mask import HeadMasks, Mask, causal, chunked, documents, full, per_head, prefix_lm, sliding_window
 from longctx.kernels.softmax.op import KERNELS
 from longctx.loss import IGNORED
-from longctx.mixers.pattern import LINEAR_KINDS, parse_layers, parse_round
+from longctx.mixers.pattern import LINEAR_KINDS, SOFTMAX_KINDS, SPARSE_KINDS, parse_layers, parse_round
 from longctx.parallel.layout import Layout, LayoutName
 from longctx.parallel.registry import ScheduleOptions, check_schedule, resolve_schedule
 from longctx.parallel.schedule import Schedule
 from longctx.parallel.state_passing import resolve_passing
+from longctx.sparse_moves import MOVES
 
 STATE_LAYOUTS = ("same", "contiguous", "zigzag")
 LEAST_STRIPE = 16  # tokens of the narrowest stripes between which states are passed: each has a state of its own
+DENSE_BESIDE = ("nsa", "seer")  # sparse kinds with attention under a mask inside: a window, what is distilled
 MASK_KEYS = ("documents", "window", "head_windows", "sinks", "chunk", "prefix")  # who sees whom
 
 
@@ -47,6 +49,8 @@ class AttentionConfig:
             through a relayout; null = the same where states are cheaper to pass than tokens to move, else contiguous.
         state_passing: `ring`, `all_gather`, `log_depth` or `pipelined`: whose state arrives when.
         state_splits: blocks that `pipelined` cuts a state into; null = 4.
+        kv_moves: sparse layers: which K/V travel, and how: `all` (as for dense attention), `hops` (on the schedule, but
+            without what nobody selected), `blocks` (the selected blocks alone), or `auto`: what sends less.
     """
 
     layout: str = "striped"
@@ -68,6 +72,7 @@ class AttentionConfig:
     state_layout: str | None = None
     state_passing: str = "all_gather"
     state_splits: int | None = None
+    kv_moves: str = "auto"
 
     def validate(self) -> None:
         """Refuse unknown names and impossible products."""
@@ -104,6 +109,7 @@ class AttentionConfig:
                 if self.windowed
                 else f"attention.layers={self.layers} names layers of kind window: set attention.window"
             )
+        self._validate_sparse(kinds)
         if kinds == linear:
             schedule = () if self.schedule == "auto" else ("schedule",)
             keys = (*schedule, "backward", "inner", "ulysses", "innermost", "gather_heads", "chunk", "prefix", "kernel")
@@ -120,11 +126,34 @@ class AttentionConfig:
                 f"attention.width >= {LEAST_STRIPE}, another attention.layout, or attention.state_layout=contiguous"
             )
 
+    def _validate_sparse(self, kinds: set[str]) -> None:
+        sparse = sorted(kinds.intersection(SPARSE_KINDS))
+        if self.kv_moves not in MOVES:
+            raise ValueError(f"attention.kv_moves={self.kv_moves} is not known; known are {', '.join(MOVES)}")
+        if not sparse:
+            self._refuse_without("sparse", ("kv_moves",))
+            return
+        for key in ("chunk", "prefix"):
+            if (value := getattr(self, key)) is not None:
+                raise ValueError(
+                    f"attention.{key}={value} cannot be honoured by layers of kind {', '.join(sparse)}, which see what "
+                    f"they select of all before them: leave it null, or use layers of kind full, window"
+                )
+        for key in ("layout", "schedule"):
+            if getattr(self, key) == "auto":
+                raise ValueError(
+                    f"attention.{key}=auto is predicted from masks, which do not say what layers of kind "
+                    f"{', '.join(sparse)} select: name a {key}"
+                )
+        if not kinds.intersection(SOFTMAX_KINDS):
+            keys = ("backward",) if kinds.intersection(DENSE_BESIDE) else ("backward", "kernel")
+            self._refuse_without("attention under a mask", keys)
+
     def _refuse_without(self, what: str, keys: Sequence[str]) -> None:
         default = AttentionConfig()
         for key in keys:
             if (value := getattr(self, key)) != getattr(default, key):
-                hint = "; kernels of linear layers are set by mixers.<kind>.kernel" if key == "kernel" else ""
+                hint = "; kernels of other layers are set by mixers.<kind>.kernel" if key == "kernel" else ""
                 raise ValueError(
                     f"attention.{key}={value} has no effect: no layer of attention.layers={self.layers or 'null'} is "
                     f"{what}{hint}"

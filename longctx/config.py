@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -28,6 +29,7 @@ from longctx.metrics.config import LoggerConfig
 from longctx.mixers.config import MixersConfig
 from longctx.mixers.layers import Layers
 from longctx.mixers.pattern import depth
+from longctx.mixers.sparse.base import Sizes
 from longctx.model import ModelConfig
 from longctx.optim import OptimConfig, check_schedule
 from longctx.parallel.mesh import ParallelConfig
@@ -85,10 +87,11 @@ class Config:
         for part in (*parts, self.logger, self.train):
             part.validate()
         self.attention.check_heads(self.model.num_heads)
-        softmax = self.layers.softmax_kinds
+        softmax = (*self.layers.softmax_kinds, *self.layers.sparse_kinds)
         if softmax:
             self.model.validate_attention(rope=any(getattr(self.mixers, kind).rope for kind in softmax))
         self.mixers.validate(self.layers.used, head_dim=self.model.head_size)
+        self._validate_sparse()
         prefix = self.attention.prefix
         if prefix is not None and prefix >= self.data.seq_len:
             raise ValueError(
@@ -98,6 +101,20 @@ class Config:
         check_schedule(self.optim, total_steps=self.train.steps)
         if not self.run_dir.strip():
             raise ValueError("run_dir is empty; give the directory for checkpoints and logs")
+
+    def _validate_sparse(self) -> None:
+        model = self.model
+        for kind in self.layers.sparse_kinds:
+            settings = self.mixers.sparse_kind(kind)
+            if model.sink_logits and not settings.takes_sinks:
+                raise ValueError(
+                    f"model.sink_logits=true cannot be honoured by layers of kind {kind}, which have more than one "
+                    "softmax: set it to false"
+                )
+            # What only building it finds out, such as heads that do not fit.
+            sizes = Sizes(model.dim, model.num_heads, model.num_kv_heads, model.head_size, 0, model.num_layers)
+            with torch.device("meta"):
+                settings.make(sizes)
 
     @property
     def layers(self) -> Layers:

@@ -14,9 +14,10 @@ from longctx import liger
 from longctx.mixers.initial import mixer_weight
 from longctx.mixers.layers import Layers
 from longctx.mixers.linear import LinearMixer
-from longctx.mixers.pattern import LINEAR_KINDS
+from longctx.mixers.pattern import LINEAR_KINDS, SPARSE_KINDS
 from longctx.mixers.place import Attend, Place
 from longctx.mixers.softmax_config import SoftmaxMixerConfig
+from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig
 from longctx.norms import RMSNorm
 from longctx.rope import RopeTable, apply_rope, rope_table
 
@@ -103,7 +104,10 @@ class ModelConfig:
 class SelfAttention(nn.Module):
     """Projections, optional QK norm, RoPE and output gate around somebody else's attention."""
 
-    def __init__(self, config: ModelConfig, settings: SoftmaxMixerConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, settings: SoftmaxMixerConfig, *, layer: int = 0, num_layers: int = 1
+    ) -> None:
+        """Build layer `layer` of `num_layers`, counted from 0; sparse attention has a mixer that selects."""
         super().__init__()
         self.head_size = config.head_size
         self.q_proj = nn.Linear(config.dim, config.num_heads * self.head_size, bias=False)
@@ -117,15 +121,25 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_size, eps=config.norm_eps) if normed else nn.Identity()
         self.sink_logits = nn.Parameter(torch.zeros(config.num_heads)) if config.sink_logits else None
         self.rope_dim = self.head_size if settings.rope else None
+        self.sparse: SparseMixer | None = None
+        if isinstance(settings, SparseMixerConfig):
+            sizes = Sizes(config.dim, config.num_heads, config.num_kv_heads, self.head_size, layer, num_layers)
+            self.sparse = settings.make(sizes)
 
     def forward(self, x: Tensor, *, rope: RopeTable | None, place: Place) -> Tensor:
         heads = (-1, self.head_size)
         q = self.q_norm(self.q_proj(x).unflatten(-1, heads))  # [B, T, H, D]
         k = self.k_norm(self.k_proj(x).unflatten(-1, heads))  # [B, T, HK, D]
         v = self.v_proj(x).unflatten(-1, heads)
+        plain_q, plain_k = q, k
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        out = place.attend(q, k, v, sink_logits=self.sink_logits).flatten(-2)
+        if self.sparse is None:
+            out = place.attend(q, k, v, sink_logits=self.sink_logits)
+        else:
+            assert place.sparse is not None, "a layer of another kind is at this place"
+            out = self.sparse(Inputs(x, q, k, v, plain_q, plain_k, self.sink_logits), place=place.sparse)
+        out = out.flatten(-2)
         if self.g_proj is not None:
             out = out * torch.sigmoid(self.g_proj(x))
         return self.o_proj(out)
@@ -225,7 +239,8 @@ def matmul_parameters(config: ModelConfig, layers: Layers | None = None) -> int:
 def _mixer(config: ModelConfig, layers: Layers, index: int) -> SelfAttention | LinearMixer:
     kind = layers.kinds[index]
     if kind not in LINEAR_KINDS:
-        return SelfAttention(config, layers.mixers.softmax(kind))
+        settings = layers.mixers.sparse_kind(kind) if kind in SPARSE_KINDS else layers.mixers.softmax(kind)
+        return SelfAttention(config, settings, layer=index, num_layers=config.num_layers)
     return LinearMixer(
         layers.mixers.linear_kind(kind),
         layers.sizes(kind, heads=config.num_heads, head_dim=config.head_size),

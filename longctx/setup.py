@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from longctx import liger
-from longctx.attention_config import MASK_KEYS, AttentionConfig
+from longctx.attention_config import DENSE_BESIDE, MASK_KEYS, AttentionConfig
 from longctx.batch import BatchSource
 from longctx.checkpoint.checkpointer import Checkpointer
 from longctx.checkpoint.compare import compare_models
@@ -23,6 +23,8 @@ from longctx.data.stream import PackedStream
 from longctx.data.tokenizer import build_tokenizer
 from longctx.engines.build import build_engine
 from longctx.engines.engine import DTYPES, Engine
+from longctx.kernels.block_sparse.contract import Weights
+from longctx.kernels.block_sparse.op import resolve_kernel as resolve_sparse_kernel
 from longctx.kernels.contract import Request
 from longctx.kernels.linear.op import resolve_kernel as resolve_linear_kernel
 from longctx.kernels.softmax.op import resolve_kernel
@@ -30,6 +32,7 @@ from longctx.metrics.flops import gpu_peak
 from longctx.mixers.layers import Layers
 from longctx.mixers.shape import linear_shape
 from longctx.model import ModelConfig
+from longctx.parallel.block_layout import block_layout
 from longctx.parallel.links import Speeds, resolve_speeds
 from longctx.parallel.mesh import Degrees, build_far_group, build_mesh, resolve_degrees
 from longctx.parallel.ranks import Ranks
@@ -37,6 +40,9 @@ from longctx.parallel.schedule import Shape
 from longctx.parallel.transport import ProcessGroupTransport
 from longctx.planner import SAMPLES, Choice, choose
 from longctx.stack import build_stack
+
+# Kinds of sparse layers that ask their kernel for more than one softmax over all that is selected.
+WEIGHTS_OF: dict[str, tuple[Weights, ...]] = {"landmark": ("gated",), "sla": ("softmax", "sum")}
 
 
 @dataclass(kw_only=True)
@@ -72,8 +78,20 @@ def check_world(config: Config, *, world_size: int, per_machine: int) -> Degrees
     named.make_layout(degrees.cp).check_total(config.data.seq_len)
     if config.attention.schedule != "auto":
         config.attention.make_schedule(degrees.cp, **heads(config), per_machine=per_machine)
+    check_blocks(config, cp=degrees.cp)
     grad_accum_steps(global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, dp_size=degrees.dp)
     return degrees
+
+
+def check_blocks(config: Config, *, cp: int) -> None:
+    """Refuse layouts that cut the blocks which sparse layers summarise."""
+    for kind in config.layers.sparse_kinds:
+        size = config.mixers.sparse_kind(kind).whole
+        if size > 1:
+            try:
+                block_layout(config.attention.make_layout(cp), block_size=size, total=config.data.seq_len)
+            except ValueError as error:
+                raise ValueError(f"mixers.{kind}.block_size={size} at parallel.cp={cp}: {error}") from error
 
 
 def check_kernel(config: Config, *, device_type: str) -> dict[str, str]:
@@ -86,7 +104,9 @@ def check_kernel(config: Config, *, device_type: str) -> dict[str, str]:
         reason = liger.unsupported(device_type=device_type, dtype=config.engine.dtype)
         if reason is not None:
             raise ValueError(f"model.ops=liger cannot be used: {reason}; set model.ops=torch")
-    kernels = {"softmax": check_softmax_kernel(config, device_type=device_type)} if layers.softmax else {}
+    masked = layers.softmax or set(layers.sparse_kinds).intersection(DENSE_BESIDE)
+    kernels = {"softmax": check_softmax_kernel(config, device_type=device_type)} if masked else {}
+    kernels |= {kind: check_sparse_kernel(config, kind, device_type=device_type) for kind in layers.sparse_kinds}
     return kernels | {kind: check_linear_kernel(config, kind, device_type=device_type) for kind in layers.linear_kinds}
 
 
@@ -103,6 +123,25 @@ def check_softmax_kernel(config: Config, *, device_type: str) -> str:
         softcap=model.softcap is not None,
     )
     return resolve_kernel(config.attention.kernel, request).name
+
+
+def check_sparse_kernel(config: Config, kind: str, *, device_type: str) -> str:
+    """Return the name of the kernel that will compute a kind of sparse layer, or refuse a named one that cannot."""
+    name, model = config.mixers.sparse_kind(kind).kernel, config.model
+    request = Request(
+        device_type=device_type,
+        dtype=DTYPES[config.engine.dtype],
+        head_dim=model.head_size,
+        v_head_dim=model.head_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        softcap=model.softcap is not None,
+    )
+    try:
+        found = [resolve_sparse_kernel(name, request, weights) for weights in WEIGHTS_OF.get(kind, ("softmax",))]
+    except ValueError as error:
+        raise ValueError(f"mixers.{kind}.kernel={name}: {error}") from error
+    return found[0].name
 
 
 def check_linear_kernel(config: Config, kind: str, *, device_type: str) -> str:

@@ -45,6 +45,11 @@ class Movement:
     costs: MoveCosts
     distances: tuple[int, ...]
 
+    @property
+    def sent(self) -> tuple[int, int]:
+        """Return the bytes that were sent, and those that dense attention would have sent."""
+        return self.costs.of(self.moves), self.costs.all
+
 
 Observe = Callable[[Movement], None]
 

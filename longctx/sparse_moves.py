@@ -77,6 +77,19 @@ class OfBlocks:
         return block_exchange.backward(ring, self.demand, k, v, attend=attend)
 
 
+class Here:
+    """Everything is at hand: nothing moves."""
+
+    def tokens(self, source: int) -> slice | Tensor:
+        return slice(None)
+
+    def forward(self, ring: Transport, k: Tensor, v: Tensor, *, attend: Attend) -> None:
+        attend(0, (0, k.shape[2]), k, v)
+
+    def backward(self, ring: Transport, k: Tensor, v: Tensor, *, attend: AttendBackward) -> tuple[Tensor, Tensor]:
+        return attend(0, (0, k.shape[2]), k, v)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoveCosts:
     """Bytes of K/V and their gradients that all teams send, forward and backward, per row and member of a team."""

@@ -6,8 +6,9 @@ layout of its first layer and ends in that of its last: tokens and labels are cu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from longctx.attention import ContextParallelAttention
 from longctx.attention_config import AttentionConfig
 from longctx.kernels.mask import HeadMasks, Mask
 from longctx.linear_attention import ContextParallelLinearAttention, StatePlan
+from longctx.metrics.sparse import SparseMonitor
 from longctx.mixers.layers import Layers
 from longctx.mixers.pattern import describe_layers
 from longctx.mixers.place import Place
@@ -28,6 +30,8 @@ from longctx.parallel.relayout import relayout
 from longctx.parallel.state_passing import resolve_passing
 from longctx.parallel.states.stream import Pipelined
 from longctx.parallel.transport import Transport
+from longctx.sparse_attention import ContextParallelSparseAttention, SparsePlan
+from longctx.sparse_ranks import RankSparse
 from longctx.stack_traffic import StackShape, choose_state_layout
 
 Bounds = Sequence[int]
@@ -42,14 +46,18 @@ class StackPlan:
         positions: int64 `[T]`, those of this rank in each layout that occurs.
         softmax: the plan of each kind of softmax layer that there is.
         states: the plan of the linear layers, None without any.
+        sparse: the plan of the sparse layers, None without any.
         step: optimizer steps before this one.
+        losses: what layers want minimised besides the losses of tokens: sums over this rank's tokens.
     """
 
     total: int
     positions: dict[Layout, Tensor]
     softmax: dict[str, Plan]
     states: StatePlan | None
+    sparse: SparsePlan | None
     step: int
+    losses: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,9 @@ class Stack:
         config: names for everything, no `auto`.
         softmax: for softmax layers, whatever their mask.
         linear: for each linear kind.
+        sparse: for each sparse kind.
+        sums: linear attention in the layout of softmax layers, for sparse kinds that have some inside.
+        monitor: told what sparse layers select and move.
         states: the layout of all linear layers.
     """
 
@@ -68,6 +79,9 @@ class Stack:
     model: ModelConfig
     softmax: ContextParallelAttention
     linear: dict[str, ContextParallelLinearAttention]
+    sparse: dict[str, ContextParallelSparseAttention]
+    sums: ContextParallelLinearAttention
+    monitor: SparseMonitor
     states: Layout
     shape: StackShape
 
@@ -97,9 +111,15 @@ class Stack:
 
     def visible_pairs(self, cu_seqlens: Bounds, *, total: int) -> int:
         """Return the (query, key) pairs of one packed sequence, summed over the softmax layers."""
-        return sum(
+        dense = sum(
             self.layers.kinds.count(kind) * visible_pairs(mask, total=total)
             for kind, mask in self.masks(cu_seqlens).items()
+        )
+        bounds = cu_seqlens if self.config.documents else (0, total)
+        return dense + sum(
+            self.layers.kinds.count(kind) * self.layers.mixers.sparse_kind(kind).pairs(begin, end - begin)
+            for kind in self.layers.sparse_kinds
+            for begin, end in pairwise(bounds)
         )
 
     def plan(self, bounds: Sequence[Bounds], *, total: int, device: torch.device, step: int = 0) -> StackPlan:
@@ -113,21 +133,36 @@ class Stack:
         rows = [self.masks(each) for each in bounds]
         softmax = {kind: self.softmax.plan([row[kind] for row in rows], total=total) for kind in rows[0]}
         packed = bounds if self.config.documents else None
-        linear = next(iter(self.linear.values()), None)
+        linear, sparse = next(iter(self.linear.values()), None), next(iter(self.sparse.values()), None)
         rank = self.transport.rank
         return StackPlan(
             total=total,
             positions={layout: layout.positions(rank, total).to(device) for layout in dict.fromkeys(self.layouts)},
             softmax=softmax,
             states=None if linear is None else linear.plan(packed, total=total, device=device),
+            sparse=None if sparse is None else sparse.plan(packed, total=total, device=device),
             step=step,
         )
 
     def places(self, plan: StackPlan) -> list[Place]:
         """Return where each layer is, and who mixes there, for the decoder."""
-        return [self._place(index, plan) for index in range(len(self.layouts))]
+        kinds = {kind: self._sparse(kind, plan) for kind in self.layers.sparse_kinds}
+        return [self._place(index, plan, kinds) for index in range(len(self.layouts))]
 
-    def _place(self, index: int, plan: StackPlan) -> Place:
+    def _sparse(self, kind: str, plan: StackPlan) -> RankSparse:
+        assert plan.sparse is not None
+        return RankSparse(
+            attention=self.sparse[kind],
+            plan=plan.sparse,
+            positions=plan.positions[self.softmax.layout],
+            dense=self.softmax,
+            linear=self.sums,
+            softcap=self.model.softcap,
+            losses=plan.losses,
+            observe=partial(self.monitor.add, kind) if torch.is_grad_enabled() else None,
+        )
+
+    def _place(self, index: int, plan: StackPlan, sparse: dict[str, RankSparse]) -> Place:
         kind, layout = self.layers.kinds[index], self.layouts[index]
         before = self.layouts[index - 1] if index else layout
         enter = None
@@ -137,6 +172,8 @@ class Stack:
         if kind in plan.softmax:
             attend = partial(self.softmax, plan=plan.softmax[kind], softcap=self.model.softcap)
             return Place(positions=positions, enter=enter, attend=attend, step=plan.step)
+        if kind in sparse:
+            return Place(positions=positions, enter=enter, sparse=sparse[kind], step=plan.step)
         assert plan.states is not None
         linear, chunk_size = self.linear[kind], self.layers.mixers.linear_kind(kind).chunk_size
         return Place(
@@ -219,6 +256,18 @@ def build_stack(
             )
             for kind in layers.linear_kinds
         },
+        sparse={
+            kind: ContextParallelSparseAttention(
+                layout=config.make_layout(cp),
+                schedule=schedule,
+                transport=transport,
+                kernel=layers.mixers.sparse_kind(kind).kernel,
+                moves=config.kv_moves,  # type: ignore[arg-type]
+            )
+            for kind in layers.sparse_kinds
+        },
+        sums=ContextParallelLinearAttention(layout=config.make_layout(cp), passing=shape.passing, transport=transport),
+        monitor=SparseMonitor(),
         states=states,
         shape=shape,
     )

@@ -130,6 +130,6 @@ def choose_state_layout(shape: StackShape, name: str | None) -> Layout:
     contiguous = Layout("contiguous", own.cp)
     if own.name != "striped":
         return own
-    if own.width < LEAST_STRIPE or not shape.layers.softmax:
+    if own.width < LEAST_STRIPE or not (shape.layers.softmax or shape.layers.sparse):
         return contiguous
     return min(own, contiguous, key=lambda layout: shape.most(layout).total)

@@ -23,6 +23,7 @@ from longctx.engines.engine import DTYPES
 from longctx.metrics.flops import Peak, model_flops_per_step, peak_flops
 from longctx.metrics.logger import MetricsLogger
 from longctx.metrics.meter import StepMeter
+from longctx.metrics.sparse import SparseSummary
 from longctx.model import matmul_parameters
 from longctx.optim import lr_at
 from longctx.parallel.balance import describe
@@ -139,6 +140,7 @@ def train(
 def loop(run: Run, *, checkpointer: Checkpointer, logger: MetricsLogger, meter: StepMeter, step: int) -> None:
     """Train from `step` to the end of the run."""
     config, total = run.config, run.config.train.steps
+    ways: dict[str, tuple[str, ...]] = {}
     if step >= total:
         run.say(f"train.steps={total} is reached: nothing is left to do")
     while step < total:
@@ -161,7 +163,10 @@ def loop(run: Run, *, checkpointer: Checkpointer, logger: MetricsLogger, meter: 
             "samples_seen": step * config.train.global_batch,
             "tokens_seen": step * run.tokens_per_step,
         }
-        logger.log(step, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, **measured, **progress})
+        selected = run.batches.stack.monitor.take()
+        ways = tell_moves(run, selected, ways)
+        told = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, **measured, **progress}
+        logger.log(step, {**told, **selected.metrics()})
         checkpointer.poll()
         if result.num_labels == 0:
             run.say(f"note: step {step} has no label, every document being one token long: nothing was learned")
@@ -171,6 +176,15 @@ def loop(run: Run, *, checkpointer: Checkpointer, logger: MetricsLogger, meter: 
             evaluate(run, step=step, logger=logger)
         if step == total or (every and step % every == 0):
             save(run, checkpointer=checkpointer, step=step, logger=logger)
+
+
+def tell_moves(run: Run, selected: SparseSummary, before: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Say how K/V of sparse layers moved when that is new or has changed; return how they did."""
+    ways = {**before, **selected.ways()}
+    for kind, told in selected.choices().items():
+        if ways[kind] != before.get(kind):
+            run.say(f"{kind}: attention.kv_moves={run.config.attention.kv_moves} is {told}")
+    return ways
 
 
 def evaluate(run: Run, *, step: int, logger: MetricsLogger) -> None:
@@ -234,7 +248,9 @@ def announce(run: Run, *, peak: Peak, kernels: dict[str, str], step: int) -> Non
         run.say(line)
     for kind in stack.layers.linear_kinds:
         run.say(f"kernel of {kind}: {kernels[kind]}")
-    if not stack.layers.softmax:
+    for kind in stack.layers.sparse_kinds:
+        run.say(f"kernel of {kind}: {kernels[kind]}")
+    if not stack.layers.softmax and not stack.layers.sparse:
         model = config.model
         unused = {"attention.schedule": config.attention.schedule, "model.num_kv_heads": model.num_kv_heads}
         unused |= {f"model.{key}": getattr(model, key) for key in ("qk_norm", "softcap", "sink_logits")}

@@ -80,7 +80,9 @@ class NativeEngine:
         for index, batch in enumerate(micro_batches):
             self._fsdp.set_requires_gradient_sync(index == len(micro_batches) - 1)
             loss = self._loss_sum(batch)
-            (loss / max(labels, 1)).backward()
+            # What layers want minimised besides is not among the losses that are told.
+            (sum(batch.plan.losses, start=loss) / max(labels, 1)).backward()
+            batch.plan.losses.clear()
             loss_sum += loss.detach()
         norm = clip_grad_norm(self.model.parameters(), max_norm=self._max_norm, shard_group=self._shard_group)
         if not torch.isfinite(norm):

@@ -10,10 +10,26 @@ A linear kind is a recurrence (`kernels/linear/contract.py`) with its surroundin
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
+from longctx.kernels.block_sparse.op import KERNELS as SPARSE_KERNELS
 from longctx.kernels.linear.feature_maps import FEATURE_MAPS, make_feature_map
 from longctx.kernels.linear.op import KERNELS
-from longctx.mixers.pattern import LINEAR_KINDS
+from longctx.mixers.pattern import LINEAR_KINDS, SPARSE_KINDS
 from longctx.mixers.softmax_config import SoftmaxMixerConfig
+from longctx.mixers.sparse.base import SparseMixerConfig
+from longctx.mixers.sparse.landmark import LandmarkConfig
+from longctx.mixers.sparse.moba import MobaConfig
+from longctx.mixers.sparse.mosa import MosaConfig
+from longctx.mixers.sparse.nsa import NsaConfig
+from longctx.mixers.sparse.routing import RoutingConfig
+from longctx.mixers.sparse.seer import SeerConfig
+from longctx.mixers.sparse.sla import SlaConfig
+from longctx.mixers.sparse.static import (
+    NeighborhoodConfig,
+    S2Config,
+    SparseFixedConfig,
+    SparseStridedConfig,
+    VerticalSlashConfig,
+)
 from longctx.mixers.transition import DECAYS
 from longctx.norms import HEAD_NORMS
 
@@ -116,6 +132,17 @@ class MixersConfig:
 
     Attributes:
         full, window: softmax attention.
+        moba: Mixture of Block Attention, 2502.13189.
+        nsa: Native Sparse Attention, 2502.11089.
+        seer: SeerAttention, 2410.13276 and 2506.08889.
+        landmark: Landmark Attention, 2305.16300.
+        mosa: Mixture of Sparse Attention, 2505.00315.
+        routing: Routing Transformer, 2003.05997.
+        sla: Sparse-Linear Attention, 2509.24006.
+        sparse_strided, sparse_fixed: Sparse Transformers, 1904.10509.
+        s2: S2-Attention, 2407.17678.
+        neighborhood: generalized neighborhood attention, 2504.16922.
+        vertical_slash: MInference, 2407.02490.
         linear: Katharopoulos et al., arXiv 2006.16236.
         lightning: Lightning Attention as in MiniMax-01, 2501.08313.
         transnormer: TransNormerLLM, 2307.14995.
@@ -130,6 +157,18 @@ class MixersConfig:
 
     full: SoftmaxMixerConfig = field(default_factory=SoftmaxMixerConfig)
     window: SoftmaxMixerConfig = field(default_factory=SoftmaxMixerConfig)
+    moba: MobaConfig = field(default_factory=MobaConfig)
+    nsa: NsaConfig = field(default_factory=NsaConfig)
+    seer: SeerConfig = field(default_factory=SeerConfig)
+    landmark: LandmarkConfig = field(default_factory=LandmarkConfig)
+    mosa: MosaConfig = field(default_factory=MosaConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    sla: SlaConfig = field(default_factory=SlaConfig)
+    sparse_strided: SparseStridedConfig = field(default_factory=SparseStridedConfig)
+    sparse_fixed: SparseFixedConfig = field(default_factory=SparseFixedConfig)
+    s2: S2Config = field(default_factory=S2Config)
+    neighborhood: NeighborhoodConfig = field(default_factory=NeighborhoodConfig)
+    vertical_slash: VerticalSlashConfig = field(default_factory=VerticalSlashConfig)
     linear: MixerConfig = MixerConfig(feature_map="elu1")
     lightning: MixerConfig = MixerConfig(activation="silu", decay="lightning", norm="rms", gate="sigmoid")
     transnormer: MixerConfig = MixerConfig(
@@ -153,6 +192,12 @@ class MixersConfig:
         assert isinstance(found, SoftmaxMixerConfig), kind
         return found
 
+    def sparse_kind(self, kind: str) -> SparseMixerConfig:
+        """Return the settings of a kind of sparse attention."""
+        found = getattr(self, kind)
+        assert isinstance(found, SparseMixerConfig), kind
+        return found
+
     def linear_kind(self, kind: str) -> MixerConfig:
         """Return the settings of a kind of linear attention."""
         found = getattr(self, kind)
@@ -165,7 +210,15 @@ class MixersConfig:
         for kind in sorted(used):
             if kind in LINEAR_KINDS:
                 self.linear_kind(kind).validate(kind, head_dim=head_dim)
-            elif self.softmax(kind).gate not in ("none", "sigmoid"):
+                continue
+            if kind in SPARSE_KINDS:
+                self.sparse_kind(kind).validate(kind)
+                if self.sparse_kind(kind).kernel not in SPARSE_KERNELS:
+                    known = ", ".join(SPARSE_KERNELS)
+                    raise ValueError(
+                        f"mixers.{kind}.kernel={self.sparse_kind(kind).kernel} is not known; known are {known}"
+                    )
+            if self.softmax(kind).gate not in ("none", "sigmoid"):
                 gate = self.softmax(kind).gate
                 raise ValueError(f"mixers.{kind}.gate={gate} is not known; known are none, sigmoid")
         default = MixersConfig()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from longctx.kernels.linear.feature_maps import make_feature_map
 from longctx.kernels.linear.maps.base import FeatureMap
 from longctx.mixers.config import MixerConfig, MixersConfig
-from longctx.mixers.pattern import LINEAR_KINDS, describe_layers
+from longctx.mixers.pattern import LINEAR_KINDS, SOFTMAX_KINDS, SPARSE_KINDS, describe_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,23 @@ class Layers:
 
     @property
     def softmax(self) -> tuple[int, ...]:
-        """Return the numbers of the softmax layers."""
-        return tuple(index for index, kind in enumerate(self.kinds) if kind not in LINEAR_KINDS)
+        """Return the numbers of the layers of softmax attention under a mask."""
+        return tuple(index for index, kind in enumerate(self.kinds) if kind in SOFTMAX_KINDS)
+
+    @property
+    def sparse(self) -> tuple[int, ...]:
+        """Return the numbers of the sparse layers."""
+        return tuple(index for index, kind in enumerate(self.kinds) if kind in SPARSE_KINDS)
 
     @property
     def softmax_kinds(self) -> tuple[str, ...]:
-        """Return the kinds of softmax attention, each once."""
-        return tuple(kind for kind in self.used if kind not in LINEAR_KINDS)
+        """Return the kinds of softmax attention under a mask, each once."""
+        return tuple(kind for kind in self.used if kind in SOFTMAX_KINDS)
+
+    @property
+    def sparse_kinds(self) -> tuple[str, ...]:
+        """Return the kinds of sparse attention, each once."""
+        return tuple(kind for kind in self.used if kind in SPARSE_KINDS)
 
     @property
     def linear_kinds(self) -> tuple[str, ...]:
@@ -102,6 +112,8 @@ class Layers:
                 settings[kind]["feature_seed"] = settings[kind]["feature_seed"] or 0
             for key in ("kernel", "chunk_size", "max_positions"):  # the same numbers, or compared elsewhere
                 del settings[kind][key]
+        for kind in (kind for kind in settings if kind in SPARSE_KINDS):
+            del settings[kind]["kernel"]
         found: dict[str, object] = {"attention.layers": describe_layers(self.kinds)}
         for kind, values in settings.items():
             found |= {f"mixers.{kind}.{key}": value for key, value in values.items()}

@@ -9,6 +9,20 @@ from collections.abc import Sequence
 from itertools import groupby
 
 SOFTMAX_KINDS = ("full", "window")
+SPARSE_KINDS = (
+    "moba",
+    "nsa",
+    "seer",
+    "landmark",
+    "mosa",
+    "routing",
+    "sla",
+    "sparse_strided",
+    "sparse_fixed",
+    "s2",
+    "neighborhood",
+    "vertical_slash",
+)
 LINEAR_KINDS = (
     "linear",
     "lightning",
@@ -21,7 +35,7 @@ LINEAR_KINDS = (
     "gdn",
     "kda",
 )
-KINDS = (*SOFTMAX_KINDS, *LINEAR_KINDS)
+KINDS = (*SOFTMAX_KINDS, *SPARSE_KINDS, *LINEAR_KINDS)
 LEAST_DEPTH = 2  # of a model whose depth follows from the pattern
 
 _TERM = re.compile(r"\s*(\w+)\s*(?:\*\s*(\d{1,4})\s*)?")

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from longctx.mixers.sparse_place import SparsePlace
+
 
 class Attend(Protocol):
     """Somebody's attention: `q [B, T, H, D]`, `k, v [B, T, HK, D]`, `sink_logits [H]` -> out `[B, T, H, D]`."""
@@ -36,6 +38,7 @@ class Place:
         positions: int64 `[T]`, global positions of the tokens that this layer has.
         enter: takes the residual stream `[B, T', dim]` from where the layer before has it to here; None = as it is.
         attend: for softmax layers.
+        sparse: for sparse ones.
         recur, convolve: for linear ones.
         step: optimizer steps before this one, for what is drawn anew now and then.
     """
@@ -43,6 +46,7 @@ class Place:
     positions: Tensor
     enter: Callable[[Tensor], Tensor] | None = None
     attend: Attend = _nowhere
+    sparse: SparsePlace | None = None
     recur: Recur = _nowhere
     convolve: Convolve = _nowhere
     step: int = 0
