@@ -16,8 +16,8 @@ class S2:
 
     The shard of KV head g are the blocks n with `(n + 1 + g step) % stride == 0`,
     `step = max(1, stride // num_kv_heads)`, as in the paper's DKernel. With `num_kv_heads >= stride` any `stride` KV
-    heads in a row see all of the past between them. With fewer, shards are spread evenly, and no head sees some parts of
-    the past. Query heads of a KV head see the same, which is what the paper calls KV-efficient.
+    heads in a row see all of the past between them. With fewer, shards are spread evenly, and parts of the past are in
+    none. Query heads of a KV head see the same, which is what the paper calls KV-efficient.
 
     Attributes:
         block_size: tokens of a block, counted from where the document begins.

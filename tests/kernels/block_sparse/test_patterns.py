@@ -228,16 +228,17 @@ def test_patterns_are_values(name):
 
 
 def test_few_slots_whatever_the_length():
-    """The slots of what has classes do not grow with the document; those of merged strides stop at the stride."""
+    """What has classes needs as many slots for long documents; merged strides need the fewer of two numbers."""
     for pattern, slots in [
         (Strided(stride=8, heads="alternate"), 1),
         (Fixed(stride=8, columns=2), 2),
         (Neighborhood(window=4, dilation=8), 1),
         (S2(block_size=8, local=2, stride=4), 2),
         (Strided(stride=8), 8),
+        (Strided(stride=20), 4),
+        (VerticalSlash(vertical=(0, 1, 5), slash=(3, 4, 9, 10), window=3), 4),
     ]:
-        assert selection_of(pattern, ((512,),)).slots == slots
-    assert selection_of(Strided(stride=64), ((512,),)).slots == 8
+        assert selection_of(pattern, ((80,),)).slots == slots
 
 
 def test_intervals_become_disjoint():
