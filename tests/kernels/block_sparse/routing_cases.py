@@ -53,7 +53,7 @@ def moba_choice(q: Tensor, k: Tensor, t: int, start: int, *, size: int, topk: in
     scores = {}
     for block in past_of(t, start, size):
         mean = k[tokens_of(block, size, start, t)].mean(0)
-        scores[block] = float(q[t] @ mean)
+        scores[block] = float((q[t] @ mean).detach())
     return [*best(scores, topk - 1), t // size]
 
 
@@ -76,7 +76,7 @@ def nsa_choice(
     for head in range(len(q)):
         if keys:
             p = torch.softmax(torch.stack(list(keys.values())) @ q[head, t] * q.shape[-1] ** -0.5, dim=0)
-            weights = {block: weights[block] + float(one) for block, one in zip(keys, p, strict=True)}
+            weights = {block: weights[block] + float(one.detach()) for block, one in zip(keys, p, strict=True)}
     scores = {}
     for block in [*past_of(t, start, block_size), t // block_size]:
         cells = [
@@ -121,7 +121,7 @@ def seer_logits(
 
 def seer_choice(logits: dict[int, Tensor], t: int, *, size: int, topk: int, threshold: float | None) -> list[int]:
     """Return the blocks that the gate opens to, t's own one included."""
-    chosen = best({block: float(value) for block, value in logits.items()}, topk - 1)
+    chosen = best({block: float(value.detach()) for block, value in logits.items()}, topk - 1)
     if threshold is not None and logits:
         weights = torch.softmax(torch.stack(list(logits.values())), dim=0)
         chosen = [block for block in chosen if weights[list(logits).index(block)] >= threshold]

@@ -1,4 +1,4 @@
-"""The stable top-k against a stable sort, and chunks: the same bits whatever their number and whoever has the blocks."""
+"""The stable top-k against a stable sort; chunks: the same bits however many there are and whoever has the blocks."""
 
 import pytest
 import torch
