@@ -5,14 +5,15 @@ each takes its w nearest tokens of the whole sequence, later ones included. Here
 query sees the last `window` keys of its cluster: nothing depends on what comes later.
 """
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longctx.kernels.block_sparse.routing.steady import steady_scores
 from longctx.kernels.block_sparse.selection import Selection
 from longctx.kernels.merge import accumulator_dtype
-
-_ROWS = 64  # of one matrix product of `nearest`: the same shape whatever number of tokens a rank has
 
 
 def normalised(x: Tensor) -> Tensor:
@@ -21,19 +22,24 @@ def normalised(x: Tensor) -> Tensor:
     return F.layer_norm(x.to(accumulator_dtype(x.dtype)), x.shape[-1:])
 
 
-@torch.no_grad()
+def group_mean(q: Tensor, kv_heads: int) -> Tensor:
+    """Return the mean of the query heads that share a KV head, float32 (float64): `[B, T, H, D] -> [B, T, HK, D]`.
+
+    Added head by head, in one order whatever the shape.
+    """
+    heads = q.to(accumulator_dtype(q.dtype)).unflatten(2, (kv_heads, -1)).unbind(3)
+    return reduce(torch.add, heads) / len(heads)
+
+
 def nearest(x: Tensor, centroids: Tensor) -> Tensor:
-    """Return the centroid of the greatest cosine, of equals the first: int32 `[B, T, HS]`.
+    """Return the centroid of the greatest cosine, of equals the first: int32 `[B, T, HS]`, no gradient.
 
     Args:
         x: `[B, T, HS, D]`.
         centroids: `[HS, C, D]`.
     """
-    unit = F.normalize(centroids.to(x.dtype), dim=-1)
-    batch, tokens = x.shape[:2]
-    rows = F.pad(x, (0, 0, 0, 0, 0, -tokens % _ROWS)).unflatten(1, (-1, _ROWS)).transpose(2, 3)  # [B, n, HS, rows, D]
-    cosine = torch.matmul(rows, unit.mT)  # [B, n, HS, rows, C]
-    return cosine.argmax(-1).transpose(2, 3).reshape(batch, -1, x.shape[2])[:, :tokens].to(torch.int32)
+    unit = F.normalize(centroids.detach().to(torch.float64), dim=-1)
+    return steady_scores(x, unit).argmax(-1).to(torch.int32)
 
 
 def kmeans_error(x: Tensor, centroids: Tensor, cluster: Tensor) -> Tensor:

@@ -8,9 +8,21 @@ groups are chunks, and what a chunk keeps is told to later chunks only, while in
 import torch
 from torch import Tensor
 
+from longctx.kernels.block_sparse.routing.steady import steady_scores
 from longctx.kernels.block_sparse.selection import Selection
+from longctx.kernels.merge import accumulator_dtype
 
 _KEPT, _REST, _NOBODY = 1, 0, -1  # classes of keys
+
+
+def router_scores(x: Tensor, weight: Tensor) -> Tensor:
+    """Return what tokens are chosen by, W x for every head: `[B, T, HS]`, float32 (float64 for float64), no gradient.
+
+    Args:
+        x: `[B, T, dim]`.
+        weight: `[HS, dim]`.
+    """
+    return steady_scores(x[:, :, None], weight[None])[:, :, 0].to(accumulator_dtype(x.dtype))
 
 
 def kept(scores: Tensor, *, group: Tensor, quota: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class Landmark(SparseMixer):
     def _landmarks(self, k: Tensor, place: SparsePlace) -> Tensor:
         """Return the keys of all landmarks, `[B, N, HK, D]`."""
         block_size = self.settings.block_size
-        last = last_of_blocks(k, place.own_blocks(block_size)).to(accumulator_dtype(k.dtype))
-        own = torch.einsum("bnhd,hde->bnhe", last, self.landmark_weight.to(last.dtype))
-        return place.gather_blocks(own, block_size=block_size)
+        last = last_of_blocks(k, place.own_blocks(block_size)).to(torch.float64)
+        own = torch.einsum("bnhd,hde->bnhe", last, self.landmark_weight.to(torch.float64))
+        # Rounded from float64: the same bits, and so the same choice, however many blocks a rank has.
+        return place.gather_blocks(own.to(accumulator_dtype(k.dtype)), block_size=block_size)

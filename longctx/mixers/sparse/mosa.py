@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx.kernels.block_sparse.routing.mosa import chunk_selection, expert_selection
+from longctx.kernels.block_sparse.routing.mosa import chunk_selection, expert_selection, router_scores
 from longctx.kernels.merge import accumulator_dtype
 from longctx.kernels.precision import without_autocast
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
@@ -63,9 +63,9 @@ class MosaConfig(SparseMixerConfig):
 class Mosa(SparseMixer):
     """A sigmoid router r = sigmoid(W x) for each KV head; query heads that share one keep the same tokens.
 
-    Selected by the logits W x, which a sigmoid would not reorder but round to equals. The router learns through a
-    product with r: in the paper, and with `expert`, that of the outputs of what is kept; with `chunk`, where all
-    queries have outputs, that of every value, v_j r_j.
+    Selected by W x, which a sigmoid would not reorder but round to equals. The router learns through a product with r:
+    in the paper, and with `expert`, that of the outputs of what is kept; with `chunk`, where all queries have outputs,
+    that of every value, v_j r_j. Ranks exchange W x, a number for each token and head.
     """
 
     def __init__(self, settings: MosaConfig, sizes: Sizes) -> None:
@@ -74,15 +74,15 @@ class Mosa(SparseMixer):
         self.router = nn.Linear(sizes.dim, sizes.kv_heads, bias=False)
 
     @without_autocast
-    def _logits(self, x: Tensor) -> Tensor:
+    def _weight(self, x: Tensor) -> Tensor:
+        """Return r, `[B, T, HK]`, float32 (float64 for float64)."""
         wide = accumulator_dtype(x.dtype)
-        return F.linear(x.to(wide), self.router.weight.to(wide))  # [B, T, HK]
+        return torch.sigmoid(F.linear(x.to(wide), self.router.weight.to(wide)))
 
     def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
         q, k, v = inputs.q, inputs.k, inputs.v
-        logits = self._logits(inputs.x)
-        weight = torch.sigmoid(logits).to(v.dtype)[..., None]
-        scores = place.gather_tokens(logits.detach())
+        weight = self._weight(inputs.x).to(v.dtype)[..., None]
+        scores = place.gather_tokens(router_scores(inputs.x, self.router.weight))
         if self.settings.selection == "expert":
             chosen = expert_selection(
                 scores,

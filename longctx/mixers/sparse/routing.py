@@ -6,8 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from longctx.kernels.block_sparse.routing.clusters import cluster_selection, kmeans_error, nearest, normalised
-from longctx.kernels.merge import accumulator_dtype
+from longctx.kernels.block_sparse.routing.clusters import (
+    cluster_selection,
+    group_mean,
+    kmeans_error,
+    nearest,
+    normalised,
+)
 from longctx.kernels.precision import without_autocast
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
 from longctx.mixers.sparse_place import SparsePlace
@@ -76,8 +81,8 @@ class Routing(SparseMixer):
     def _assign(self, inputs: Inputs, place: SparsePlace) -> tuple[Tensor, Tensor]:
         """Return the clusters of queries and keys, int32 `[B, T, HK]`; add the error of the centroids if training."""
         heads, _, head_dim = self.centroids.shape
-        q = inputs.plain_q.detach().to(accumulator_dtype(inputs.plain_q.dtype))
-        q, k = normalised(q.unflatten(2, (heads, -1)).mean(3)), normalised(inputs.plain_k.detach())
+        q = normalised(group_mean(inputs.plain_q.detach(), heads))
+        k = normalised(inputs.plain_k.detach())
         q_cluster, k_cluster = nearest(q, self.centroids), nearest(k, self.centroids)
         if self.training:
             error = kmeans_error(q, self.centroids, q_cluster) + kmeans_error(k, self.centroids, k_cluster)

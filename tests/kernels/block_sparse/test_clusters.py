@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from longctx.kernels.block_sparse.routing.clusters import cluster_selection, kmeans_error, nearest, normalised
+from longctx.kernels.block_sparse.routing.clusters import (
+    cluster_selection,
+    group_mean,
+    kmeans_error,
+    nearest,
+    normalised,
+)
+from longctx.kernels.block_sparse.routing.steady import steady_scores
 from longctx.kernels.block_sparse.selection import allowed
 
 DOCUMENTS = (13, 1, 7, 24, 2)
@@ -82,3 +89,32 @@ def test_the_latest_keys_of_the_cluster_and_the_own_one(window, own):
                 assert set(seen[row, head, at].nonzero().flatten().tolist()) == {*same[-window:], query}
     empty = chosen.hi < chosen.lo
     assert empty[..., 0].any(), "a cluster without keys is an empty slot, not one that is searched in vain"
+
+
+def test_the_same_however_tokens_are_cut():
+    q, x, centroids = draw(2, 300, 6, 12).float(), draw(2, 300, 2, 12).float(), draw(2, 5, 12, seed=1).float()
+    means, whole = group_mean(q, 2), nearest(x, centroids)
+    cosines = steady_scores(x, centroids).float()
+    for ranks in (1, 2, 3, 8):
+        for own in (*torch.arange(300).tensor_split(ranks), *(torch.arange(rank, 300, ranks) for rank in range(ranks))):
+            assert torch.equal(nearest(x[:, own], centroids), whole[:, own])
+            assert torch.equal(steady_scores(x[:, own], centroids).float(), cosines[:, own])
+            assert torch.equal(group_mean(q[:, own], 2), means[:, own])
+
+
+def test_the_mean_of_query_heads():
+    q = draw(2, 5, 6, 4)
+    assert (group_mean(q, 2) - torch.stack([q[:, :, :3].mean(2), q[:, :, 3:].mean(2)], dim=2)).abs().max() < 1e-14
+    assert group_mean(q.bfloat16(), 6).dtype == torch.float32
+
+
+def test_a_rank_without_tokens_selects_nothing():
+    none = torch.arange(0)
+    assert nearest(torch.zeros(2, 0, 3, 8), torch.zeros(3, CLUSTERS, 8)).shape == (2, 0, 3)
+    found = kmeans_error(torch.zeros(2, 0, 3, 8), torch.ones(3, CLUSTERS, 8), torch.zeros(2, 0, 3, dtype=torch.int32))
+    assert found == 0
+    keys = torch.zeros(2, TOTAL, 3, dtype=torch.int32)
+    chosen = cluster_selection(
+        keys[:, none], keys, positions=none, first=document_of()[:, none], window=3, block_size=8
+    )
+    assert chosen.lo.shape == (2, 0, 3, 2)

@@ -79,6 +79,18 @@ def test_the_last_token_of_each_block():
     assert torch.equal(last_of_blocks(x, blocks), x[:, [7, 14]])
 
 
+def test_a_rank_without_tokens():
+    none, q = torch.arange(0), draw(2, 0, HEADS, DIM).requires_grad_()
+    k, marks = draw(2, 0, KV_HEADS, DIM).requires_grad_(), draw(2, 5, KV_HEADS, DIM, seed=1).requires_grad_()
+    lse = own_block_lse(q, k, positions=none, first=document_of()[:, none], block_size=BLOCK)
+    scores = picked_scores(q, marks, torch.zeros(2, 0, HEADS, 3, dtype=torch.int64))
+    assert lse.shape == (2, 0, HEADS) and scores.shape == (2, 0, HEADS, 3)
+    dmarks = torch.autograd.grad(lse.sum() + scores.sum(), (q, k, marks))[2]
+    assert (dmarks == 0).all()
+    blocks = blocks_of(none, block_size=BLOCK, total=TOTAL, document_of=document_of())
+    assert last_of_blocks(k, blocks).shape == (2, 0, KV_HEADS, DIM)
+
+
 def test_16_bit_inputs_are_computed_in_float32():
     q, k = draw(1, TOTAL, HEADS, DIM).bfloat16().requires_grad_(), draw(1, TOTAL, KV_HEADS, DIM).bfloat16()
     lse = own_block_lse(q, k, positions=torch.arange(TOTAL), first=document_of()[:1], block_size=BLOCK)

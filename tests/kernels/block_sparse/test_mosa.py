@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from longctx.kernels.block_sparse.routing.mosa import chunk_selection, expert_selection, kept
+from longctx.kernels.block_sparse.routing import steady
+from longctx.kernels.block_sparse.routing.mosa import chunk_selection, expert_selection, kept, router_scores
 from longctx.kernels.block_sparse.selection import allowed
 
 DOCUMENTS = (13, 1, 7, 24, 2)
@@ -89,3 +90,24 @@ def test_expert_choice(sparsity):
                 first = int(document_of[0, query])
                 want = {key for key in good if first <= key <= query} if query in good else set()
                 assert set(seen[row, head, at].nonzero().flatten().tolist()) == want
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(96, 1), (128, 2)])
+def test_scores_have_the_same_bits_however_tokens_are_cut(dim, heads, monkeypatch):
+    monkeypatch.setattr(steady, "_AT_ONCE", 64 * dim)  # several steps
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=generator) for size in ((2, 300, dim), (heads, dim)))
+    whole = router_scores(x, weight)
+    assert whole.dtype == torch.float32 and router_scores(x.double(), weight).dtype == torch.float64
+    assert (whole - x.double() @ weight.double().T).abs().max() < 1e-5
+    for ranks in (1, 2, 3, 8):
+        for own in (*torch.arange(300).tensor_split(ranks), *(torch.arange(rank, 300, ranks) for rank in range(ranks))):
+            assert torch.equal(router_scores(x[:, own], weight), whole[:, own])
+
+
+def test_a_rank_without_tokens_selects_nothing():
+    none, document_of = torch.arange(0), documents(DOCUMENTS)
+    where = {"document_of": document_of, "positions": none, "first": document_of[:, none], "block_size": 8}
+    assert router_scores(torch.zeros(2, 0, 4), torch.zeros(3, 4)).shape == (2, 0, 3)
+    assert chunk_selection(scores(equal=False), chunk=6, keep=2, **where).lo.shape == (2, 0, 3, 2)
+    assert expert_selection(scores(equal=False), sparsity=2, **where).lo.shape == (2, 0, 3, 1)
