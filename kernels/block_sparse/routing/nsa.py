@@ -112,9 +112,9 @@ def nsa_blocks(
         logits = scores * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.masked_fill(~visible[:, :, None, None], float("-inf"))
-        weights = torch.softmax(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
-        of_group = importance(weights, size=size, stride=stride, block_size=block_size, blocks=blocks.count).sum(3)
+        logits = logits.masked_fill_(~visible[:, :, None, None], float("-inf"))
+        weights = torch.softmax(logits, dim=-1).masked_fill_(blind, 0.0).sum(3)  # [B, n, h, block, N]
+        of_group = importance(weights, size=size, stride=stride, block_size=block_size, blocks=blocks.count)
         past = chunk.past(blocks)  # [R, n, block, blocks]
         own = (chunk.positions // block_size)[..., None]
         beginning = blocks.index == (chunk.first // block_size)[..., None]
