@@ -30,8 +30,10 @@ Train a model, or continue a run: a run directory that holds a checkpoint is con
 Every argument is a hydra override; without any, the default run is a small model on Python's own source code.
 
 config groups, `group=choice`:
-  attention=all_gather|auto|burst|double_ring|local|ring|sink_window|striped|ulysses|usp|window|zigzag|
-            window_full_3_1|deltanet|gdn|gdn_3_1|gla|kda|lightning|minimax_7_1|transnormer
+  attention=all_gather|auto|burst|double_ring|local|ring|striped|ulysses|usp|window|window_sink|zigzag|
+            window_full_3_1|deltanet|gdn|gdn_3_1|gla|kda|lightning|minimax_7_1|transnormer|
+            moba|moba_full|nsa|seer|landmark|mosa|routing|sla|
+            sparse_strided|sparse_fixed|s2|neighborhood|vertical_slash
                                              token layout, schedule, mask and kernel of the attention
   mixers=default                             what surrounds attention or recurrence in each kind of layer
   model=tiny|llama3_8b|qwen3_8b              the decoder
