@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import torch
+from _mqar_mixers import SETTINGS, layers_of
 from torch import Tensor, nn
 
 from longctx.attention import ContextParallelAttention
@@ -12,27 +13,17 @@ from longctx.linear_attention import ContextParallelLinearAttention
 from longctx.mixers.config import MixersConfig
 from longctx.mixers.layers import Layers
 from longctx.mixers.linear import LinearMixer
-from longctx.mixers.pattern import LINEAR_KINDS, parse_round
+from longctx.mixers.pattern import LINEAR_KINDS, SPARSE_KINDS
 from longctx.mixers.place import Place
-from longctx.mixers.softmax_config import SoftmaxMixerConfig
 from longctx.model import ModelConfig, SelfAttention, initial_weight
 from longctx.norms import RMSNorm
 from longctx.parallel.layout import Layout
 from longctx.parallel.registry import resolve_schedule
 from longctx.parallel.state_passing import resolve_passing
 from longctx.parallel.transport import Transport
+from longctx.sparse_attention import ContextParallelSparseAttention
+from longctx.sparse_ranks import RankSparse
 
-# The layers behind the convolution.
-MIXERS = {
-    "softmax": "full",
-    "window": "window",
-    "linear": "linear",
-    "lightning": "lightning",
-    "gla": "gla",
-    "deltanet": "deltanet",
-    "gdn": "gdn",
-    "gdn_3_1": "gdn*3 + full",
-}
 TAPS = 3
 # Decays that are learned begin at this much per token: of many heads' random ones some would remember, one head must.
 DECAY = 0.01
@@ -41,7 +32,6 @@ DECAY_WEIGHTS = {
     "dt_bias": math.log(math.expm1(DECAY)),  # -g = exp(A_log) softplus(dt_bias)
     "up.bias": -math.log(math.expm1(16 * DECAY)),  # -g = softplus(-bias) / 16
 }
-NOPE = MixersConfig(full=SoftmaxMixerConfig(rope=False), window=SoftmaxMixerConfig(rope=False))
 
 
 class Convolution(nn.Module):
@@ -60,9 +50,11 @@ class Convolution(nn.Module):
 class Model(nn.Module):
     """Embedding, convolution, mixers of one head without positions, output; each layer normed and residual."""
 
-    def __init__(self, mixer: str, *, vocabulary: int, width: int, seed: int) -> None:
+    def __init__(
+        self, mixer: str, *, vocabulary: int, width: int, seed: int, settings: MixersConfig = SETTINGS
+    ) -> None:
         super().__init__()
-        layers = Layers(kinds=parse_round(MIXERS[mixer]), mixers=NOPE)
+        layers = layers_of(mixer, settings)
         config = ModelConfig(
             dim=width, num_layers=1 + len(layers.kinds), num_heads=1, num_kv_heads=1, init_std=width**-0.5
         )
@@ -86,19 +78,25 @@ class Model(nn.Module):
 
 
 def _mixers(layers: Layers, config: ModelConfig) -> list[nn.Module]:
+    kinds, settings = layers.kinds, layers.mixers
     return [
         LinearMixer(
-            layers.mixers.linear_kind(kind),
+            settings.linear_kind(kind),
             layers.sizes(kind, heads=1, head_dim=config.dim),
             dim=config.dim,
             layer=index,
-            num_layers=len(layers.kinds),
-            first=kind not in layers.kinds[:index],
+            num_layers=len(kinds),
+            first=kind not in kinds[:index],
             norm_eps=config.norm_eps,
         )
         if kind in LINEAR_KINDS
-        else SelfAttention(config, layers.mixers.softmax(kind))
-        for index, kind in enumerate(layers.kinds)
+        else SelfAttention(
+            config,
+            settings.sparse_kind(kind) if kind in SPARSE_KINDS else settings.softmax(kind),
+            layer=index,
+            num_layers=len(kinds),
+        )
+        for index, kind in enumerate(kinds)
     ]
 
 
@@ -107,17 +105,32 @@ def window(total: int) -> int:
     return total // 4
 
 
-def make_place(mixer: str, transport: Transport, *, layout: Layout, passing: str, total: int) -> Place:
-    """Return where the layers are: who mixes the tokens of sequences of `total` over the ranks, both families."""
-    softmax = ContextParallelAttention(
-        layout=layout, schedule=resolve_schedule("ring" if layout.cp > 1 else "local"), transport=transport
-    )
+def make_place(
+    mixer: str, transport: Transport, *, layout: Layout, passing: str, total: int, losses: list[Tensor] | None = None
+) -> Place:
+    """Return where the layers are: who mixes the tokens of sequences of `total` over the ranks, all families.
+
+    Args:
+        losses: where layers put what they want minimised besides: sums over this rank's tokens.
+    """
+    schedule, device = resolve_schedule("ring" if layout.cp > 1 else "local"), torch.device("cpu")
+    softmax = ContextParallelAttention(layout=layout, schedule=schedule, transport=transport)
     linear = ContextParallelLinearAttention(layout=layout, passing=resolve_passing(passing), transport=transport)
+    sparse = ContextParallelSparseAttention(layout=layout, schedule=schedule, transport=transport)
     mask = sliding_window(window(total) - 1) if mixer == "window" else causal()
-    plan = linear.plan(None, total=total, device=torch.device("cpu"))
+    plan = linear.plan(None, total=total, device=device)
+    positions = layout.positions(transport.rank, total)
     return Place(
-        positions=layout.positions(transport.rank, total),
+        positions=positions,
         attend=partial(softmax, plan=softmax.plan([mask], total=total)),
+        sparse=RankSparse(
+            attention=sparse,
+            plan=sparse.plan(None, total=total, device=device),
+            positions=positions,
+            dense=softmax,
+            linear=linear,
+            losses=losses,
+        ),
         recur=partial(linear, plan=plan),
         convolve=partial(linear.convolve, plan=plan),
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from _mqar_mixers import DISTILLED, set_mode
 from _mqar_model import Model, make_place
 from _mqar_task import Task
 from torch import Tensor
@@ -73,7 +74,11 @@ class Learner:
     def __init__(self, mixer: str, task: Task, recipe: Recipe, *, lr: float, seed: int, transport: Transport) -> None:
         self.layout, self.transport = Layout(recipe.layout, transport.size), transport  # type: ignore[arg-type]
         self.batch = recipe.batch
-        self.place = make_place(mixer, transport, layout=self.layout, passing=recipe.passing, total=task.tokens)
+        self.losses: list[Tensor] = []
+        self.place = make_place(
+            mixer, transport, layout=self.layout, passing=recipe.passing, total=task.tokens, losses=self.losses
+        )
+        self.distilled = round(DISTILLED * recipe.steps)
         model = Model(mixer, vocabulary=task.vocabulary, width=recipe.width, seed=seed)
         self.model = model.to(getattr(torch, recipe.dtype))
         self.weights = list(self.model.parameters())
@@ -82,11 +87,13 @@ class Learner:
 
     def step(self, sequences: Tensor, labels: Tensor) -> float:
         """Take an optimizer step and return the mean loss over all labels."""
+        set_mode(self.model.train(), "distill" if self.schedule.last_epoch < self.distilled else "sparse")
         count = int((labels != IGNORED).sum())
         logits, wanted = self._answers(sequences, labels)
         loss = F.cross_entropy(logits, wanted, reduction="sum") / count
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss + sum(self.losses) / count).backward()  # what layers want besides is not told
+        self.losses.clear()
         grads = [weight.grad for weight in self.weights if weight.grad is not None]
         summed = self._summed(torch.cat([loss.detach()[None], *(grad.flatten() for grad in grads)]))
         for grad, part in zip(grads, summed[1:].split([grad.numel() for grad in grads]), strict=True):
@@ -98,6 +105,7 @@ class Learner:
     @torch.no_grad()
     def accuracy(self, sequences: Tensor, labels: Tensor) -> float:
         """Return the share of all labels that are guessed."""
+        set_mode(self.model.eval(), "sparse")
         counts = torch.zeros(2, dtype=torch.float64)
         for rows, wanted in zip(sequences.split(self.batch), labels.split(self.batch), strict=True):
             logits, wanted = self._answers(rows, wanted)

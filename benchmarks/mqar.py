@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _mqar_model import MIXERS, TAPS, window
+from _mqar_mixers import MIXERS
+from _mqar_model import TAPS, window
 from _mqar_task import Task, reach_bound
 from _mqar_train import Recipe, train
 from _ranks import environment, start_ranks, write_report
