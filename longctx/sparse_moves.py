@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from longctx.parallel.demand import Demand
 from longctx.parallel.needs import Needs
 from longctx.parallel.schedule import Attend, AttendBackward, Schedule, Shape
 from longctx.parallel.schedules import block_exchange
+from longctx.parallel.schedules.ring import Ring
 from longctx.parallel.transport import Transport
 
 MovesName = Literal["auto", "all", "hops", "blocks"]
@@ -111,6 +112,8 @@ class MoveCosts:
 
 def move_costs(schedule: Schedule, *, static: Needs, demand: Demand, shape: Shape) -> MoveCosts:
     """Count what each way sends, summed over the teams; `shape` has the heads of one rank."""
+    if isinstance(schedule, Ring):  # a selection's K/V travel in both passes, whatever a mask's would do
+        schedule = replace(schedule, backward_moves="rotate_kv")
 
     def on_schedule(needs: Needs) -> int:
         return sum(sum(sent.bytes for sent in schedule.sent(team, needs, shape)) for team in range(len(needs.keys)))
