@@ -21,19 +21,15 @@ import torch
 from _ranks import Problem, environment, write_report
 from torch import Tensor
 
-from longctx.attention import ContextParallelAttention
 from longctx.kernels.block_sparse.blocks import block_mean
 from longctx.kernels.block_sparse.routing.moba import moba_blocks
 from longctx.kernels.block_sparse.selection import selected_blocks
-from longctx.linear_attention import ContextParallelLinearAttention
 from longctx.parallel.demand import agreed_bytes
 from longctx.parallel.layout import Layout
 from longctx.parallel.loopback import run_ranks
-from longctx.parallel.registry import resolve_schedule
-from longctx.parallel.state_passing import resolve_passing
 from longctx.parallel.transport import Transport
-from longctx.sparse_attention import BUCKETS, ContextParallelSparseAttention, Movement
-from longctx.sparse_ranks import RankSparse
+from longctx.sparse_attention import BUCKETS, Movement
+from longctx.sparse_ranks import sparse_place
 
 Row = dict[str, Any]
 WAYS = ("all", "hops", "blocks")
@@ -104,25 +100,16 @@ def layer(
     transport: Transport, *, options: argparse.Namespace, layout: Layout, whole: Problem, way: str
 ) -> dict[str, Any]:
     """Route and attend on one rank, forward and backward; count."""
-    schedule, moved = resolve_schedule("ring"), list[Movement]()
-    attention = ContextParallelSparseAttention(
+    moved: list[Movement] = []
+    place = sparse_place(
+        total=options.tokens,
+        device=torch.device("cpu"),
         layout=layout,
-        schedule=schedule,
-        transport=transport,
+        group=transport,
         moves=way,  # type: ignore[arg-type]
-    )
-    device, rank = torch.device("cpu"), transport.rank
-    place = RankSparse(
-        attention=attention,
-        plan=attention.plan(None, total=options.tokens, device=device),
-        positions=layout.positions(rank, options.tokens),
-        dense=ContextParallelAttention(layout=layout, schedule=schedule, transport=transport),
-        linear=ContextParallelLinearAttention(
-            layout=layout, passing=resolve_passing("all_gather"), transport=transport
-        ),
         observe=moved.append,
     )
-    q, k, v, dout = whole.shard(layout, rank)
+    q, k, v, dout = whole.shard(layout, transport.rank)
     leaves: tuple[Tensor, ...] = tuple(x.requires_grad_() for x in (q, k, v))
     with torch.no_grad():
         means = place.gather_blocks(block_mean(k, place.own_blocks(options.block)), block_size=options.block)

@@ -219,7 +219,7 @@ def context_parallel_attention(
         ValueError: shapes that do not fit each other, heads or ranks that the schedule cannot split, an option that the
             kernel cannot serve; before anything is sent.
     """
-    transport = _transport(group)
+    transport = transport_of(group)
     if isinstance(layout, str):
         layout = Layout(layout, transport.size)  # type: ignore[arg-type]
     if isinstance(schedule, str):
@@ -243,7 +243,8 @@ def context_parallel_attention(
     )
 
 
-def _transport(group: dist.ProcessGroup | Transport | None) -> Transport:
+def transport_of(group: dist.ProcessGroup | Transport | None) -> Transport:
+    """Return how this rank talks to a group; None = it is alone."""
     if group is None:
         return Alone()
     if isinstance(group, dist.ProcessGroup):

@@ -5,24 +5,27 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from longctx.attention import ContextParallelAttention
+from longctx.attention import ContextParallelAttention, transport_of
 from longctx.kernels.block_sparse.blocks import Blocks, blocks_of
 from longctx.kernels.block_sparse.op import resolve_kernel
 from longctx.kernels.block_sparse.selection import Selection
 from longctx.kernels.contract import Request, Scores
 from longctx.kernels.mask import Mask, causal, documents, sliding_window
-from longctx.linear_attention import ContextParallelLinearAttention
+from longctx.linear_attention import ContextParallelLinearAttention, StatePlan
 from longctx.parallel.block_layout import block_layout
 from longctx.parallel.heads import HeadSplit
 from longctx.parallel.layout import Layout
 from longctx.parallel.registry import resolve_schedule
 from longctx.parallel.routes import Routes, fetch, make_routes
+from longctx.parallel.schedule import Schedule
+from longctx.parallel.state_passing import resolve_passing
 from longctx.parallel.transport import Alone, Transport
-from longctx.sparse_attention import ContextParallelSparseAttention, Observe, SparsePlan
+from longctx.sparse_attention import Bounds, ContextParallelSparseAttention, Observe, SparsePlan
 from longctx.sparse_function import SelectedAttention, SparseCall
-from longctx.sparse_moves import Here
+from longctx.sparse_moves import Here, MovesName
 
 LOCAL_TILE = 128  # summaries of a tile of `attend_local`
 
@@ -51,6 +54,7 @@ class RankSparse:
     losses: list[Tensor] | None = None
     observe: Observe | None = None
     _blocks: dict[tuple[str, int], Blocks] = field(default_factory=dict, repr=False, compare=False)
+    _states: list[StatePlan] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def total(self) -> int:
@@ -141,12 +145,68 @@ class RankSparse:
         return attend_here(q, k, v, selection=selection, kernel=self.attention.kernel, softcap=self.softcap)
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        plan = self.linear.plan(self.plan.bounds, total=self.total, device=q.device)
-        return self.linear(q, k, v, plan=plan, scale=1.0)
+        if not self._states:
+            self._states.append(self.linear.plan(self.plan.bounds, total=self.total, device=q.device))
+        return self.linear(q, k, v, plan=self._states[0], scale=1.0)
 
     def add_loss(self, loss: Tensor) -> None:
         if self.losses is not None:
             self.losses.append(loss)
+
+
+def sparse_place(
+    *,
+    total: int,
+    device: torch.device,
+    layout: Layout | str = "zigzag",
+    schedule: Schedule | str = "ring",
+    bounds: Sequence[Bounds] | None = None,
+    group: dist.ProcessGroup | Transport | None = None,
+    kernel: str = "auto",
+    moves: MovesName = "auto",
+    heads: int | None = None,
+    softcap: float | None = None,
+    losses: list[Tensor] | None = None,
+    observe: Observe | None = None,
+) -> RankSparse:
+    """Return what sparse mixers need on one rank, for any model; see `examples/sparse.py`.
+
+    All ranks of the group make it together, with the same arguments, for each micro-batch.
+
+    Args:
+        total: tokens of a sequence.
+        device: of this rank's tokens.
+        layout: a `Layout`, or its name: `contiguous`, `zigzag`, `striped`.
+        schedule: a schedule, or its name with default options: see `parallel.registry.resolve_schedule`.
+        bounds: `cu_seqlens` of the packed documents, one for all rows or one per row; None = nothing is packed.
+        group: the context-parallel process group; None = this process alone has whole sequences.
+        kernel: see `kernels.block_sparse.op.resolve_kernel`.
+        moves: see `sparse_moves`.
+        heads: query heads, for schedules that split them.
+        softcap: of all scores.
+        losses: filled with what mixers want minimised besides, sums over this rank's tokens; None = nothing is trained.
+        observe: told what moved.
+    """
+    transport = transport_of(group)
+    if isinstance(layout, str):
+        layout = Layout(layout, transport.size)  # type: ignore[arg-type]
+    if isinstance(schedule, str):
+        schedule = resolve_schedule(schedule, cp=transport.size, heads=heads)
+    attention = ContextParallelSparseAttention(
+        layout=layout, schedule=schedule, transport=transport, kernel=kernel, moves=moves
+    )
+    return RankSparse(
+        attention=attention,
+        plan=attention.plan(bounds, total=total, device=device),
+        positions=layout.positions(transport.rank, total).to(device),
+        dense=ContextParallelAttention(layout=layout, schedule=schedule, transport=transport),
+        linear=ContextParallelLinearAttention(
+            layout=layout, passing=resolve_passing("all_gather"), transport=transport
+        ),
+        softcap=softcap,
+        losses=losses,
+        observe=observe,
+    )
 
 
 def attend_here(
