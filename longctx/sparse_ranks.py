@@ -27,7 +27,7 @@ from longctx.sparse_attention import Bounds, ContextParallelSparseAttention, Obs
 from longctx.sparse_function import SelectedAttention, SparseCall
 from longctx.sparse_moves import Here, MovesName
 
-LOCAL_TILE = 128  # summaries of a tile of `attend_local`
+LOCAL_TILE = 128  # summaries of a tile of `attend_local` at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,8 @@ class RankSparse:
 
     def attend_local(self, q: Tensor, k: Tensor, v: Tensor, *, seen: Tensor) -> Tensor:
         begin, end = (seen[:, :, None, each, None].expand(-1, -1, k.shape[2], -1) for each in (0, 1))
-        selection = Selection(lo=begin, hi=end - 1, block_size=LOCAL_TILE)
+        tile = max(min(LOCAL_TILE, k.shape[1]), 1)
+        selection = Selection(lo=begin, hi=end - 1, block_size=tile)
         return attend_here(q, k, v, selection=selection, kernel=self.attention.kernel, softcap=self.softcap)
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.lanes import Lanes, add_from_lanes, lanes_of, to_lanes
 from longctx.kernels.block_sparse.pairs import PAIRS_AT_ONCE, Pairs, pairs_of, pieces_of
 from longctx.kernels.block_sparse.selection import Selection
-from longctx.kernels.block_sparse.turns import Turns
+from longctx.kernels.block_sparse.turns import Turns, take
 from longctx.kernels.block_sparse.weights import RowTerms, scores_of, slope_of, softmax_backward, softmax_forward
 from longctx.kernels.contract import Request, Scores
 from longctx.kernels.merge import Partial, accumulator_dtype, merge_into
@@ -60,11 +60,11 @@ class TorchSparseKernel:
             turn_out = out.new_empty(pairs.count + 1, group, v.shape[-1])
             turn_lse = lse.new_empty(pairs.count + 1, group)
             for tile, some in hop.batches(pairs):
-                s = scores_of(_tiled(queries[some.rows].to(hop.wide), len(tile)), keys[tile], scores)
+                s = scores_of(_tiled(take(queries, some.rows).to(hop.wide), len(tile)), take(keys, tile), scores)
                 if weights == "sum":
-                    part = torch.bmm(some.hide(s, group, 0.0), values[tile])
+                    part = torch.bmm(some.hide(s, group, 0.0), take(values, tile))
                 else:
-                    part, own = softmax_forward(some.hide(s, group, float("-inf")), values[tile])
+                    part, own = softmax_forward(some.hide(s, group, float("-inf")), take(values, tile))
                     own = own.view(-1, group)
                     turn_lse[some.number] = own if logits is None else logits[some.rows, :, some.slot].to(hop.wide)
                 turn_out[some.number] = part.view(-1, group, v.shape[-1])
@@ -114,20 +114,21 @@ class TorchSparseKernel:
         for pairs in hop.pairs():
             for tile, some in hop.batches(pairs):
                 n = len(tile)
-                q_rows, dout_rows = (_tiled(x[some.rows].to(hop.wide), n) for x in (queries, douts))
-                s = scores_of(q_rows, keys[tile], scores)
+                q_rows, dout_rows = (_tiled(take(x, some.rows).to(hop.wide), n) for x in (queries, douts))
+                k_tile, v_tile = take(keys, tile), take(values, tile)
+                s = scores_of(q_rows, k_tile, scores)
                 if terms is None:
                     alive = _column(some.real[:, None].expand(-1, group), n)
                     p = some.hide(s, group, 0.0).mul_(alive)
-                    ds = some.hide(torch.bmm(dout_rows, values[tile].transpose(1, 2)), group, 0.0).mul_(alive)
+                    ds = some.hide(torch.bmm(dout_rows, v_tile.transpose(1, 2)), group, 0.0).mul_(alive)
                 else:
                     gate = None if logits is None else _column(logits[some.rows, :, some.slot].to(hop.wide), n)
                     # Nobody's rows have weight 0.
-                    row_lse = terms[0][some.rows].masked_fill(~some.real[:, None], float("inf"))
-                    rows = RowTerms(_column(row_lse, n), _column(terms[1][some.rows], n), gate)
+                    row_lse = take(terms[0], some.rows).masked_fill(~some.real[:, None], float("inf"))
+                    rows = RowTerms(_column(row_lse, n), _column(take(terms[1], some.rows), n), gate)
                     slope = slope_of(s, scores)
                     s = some.hide(s, group, float("-inf"))
-                    p, ds, dgate = softmax_backward(s, values[tile], dout_rows, rows)
+                    p, ds, dgate = softmax_backward(s, v_tile, dout_rows, rows)
                     if slope is not None:
                         ds *= slope
                     if dgate is not None and dlogits is not None:
@@ -136,7 +137,7 @@ class TorchSparseKernel:
                 ds *= scores.softmax_scale
                 _add(dvalues, tile, torch.bmm(p.transpose(1, 2), dout_rows))
                 _add(dkeys, tile, torch.bmm(ds.transpose(1, 2), q_rows))
-                _add(dqueries, some.rows, torch.bmm(ds, keys[tile]).view(-1, group, q.shape[-1]))
+                _add(dqueries, some.rows, torch.bmm(ds, k_tile).view(-1, group, q.shape[-1]))
         dq += dqueries.view(dq.shape)
         add_from_lanes(hop.untiled(dkeys), hop.lanes, into=dk)
         add_from_lanes(hop.untiled(dvalues), hop.lanes, into=dv)
@@ -157,10 +158,10 @@ class _Some:
         members = members.flatten()
         self.real = members >= 0
         chosen = members.clamp(min=0)
-        self.rows = pairs.rows[pairs.place[chosen]]
-        self.slot = pairs.slot[chosen]
-        self.number = torch.where(self.real, pairs.number[chosen], pairs.count)
-        self._bounds = (pairs.lo[chosen], pairs.hi[chosen]) if masked else None
+        self.rows = take(pairs.rows, take(pairs.place, chosen))
+        self.slot = take(pairs.slot, chosen)
+        self.number = torch.where(self.real, take(pairs.number, chosen), pairs.count)
+        self._bounds = (take(pairs.lo, chosen), take(pairs.hi, chosen)) if masked else None
 
     def hide(self, s: Tensor, group: int, value: float) -> Tensor:
         """Set what rows do not see of `s [N, height G, width]`, in place."""

@@ -12,6 +12,11 @@ from torch import Tensor
 from longctx.kernels.block_sparse.pairs import Pairs
 
 
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Return `x[rows]`: on a CPU copied row by row, which indexing is several times slower than."""
+    return x.index_select(0, rows)
+
+
 class Turns:
     """The queries of some pairs, sorted by how many pairs they have.
 
@@ -33,19 +38,19 @@ class Turns:
         """
         total = lse.new_full((len(self.rows), *lse.shape[1:]), float("-inf"))
         for alive, numbers in self._each():
-            torch.logaddexp(total[:alive], lse[numbers], out=total[:alive])
+            torch.logaddexp(total[:alive], take(lse, numbers), out=total[:alive])
         base = total.masked_fill(torch.isneginf(total), 0.0)
         result = out.new_zeros(len(self.rows), *out.shape[1:])
         for alive, numbers in self._each():
-            share = (lse[numbers] - base[:alive]).exp_()
-            result[:alive].addcmul_(share[..., None], out[numbers])
+            share = (take(lse, numbers) - base[:alive]).exp_()
+            result[:alive].addcmul_(share[..., None], take(out, numbers))
         return result, total
 
     def summed(self, x: Tensor) -> Tensor:
         """Return the sums over each query's pairs: `[P, ...]` -> `[N, ...]`."""
         result = x.new_zeros(len(self.rows), *x.shape[1:])
         for alive, numbers in self._each():
-            result[:alive] += x[numbers]
+            result[:alive] += take(x, numbers)
         return result
 
     def _each(self) -> Iterator[tuple[int, Tensor]]:
