@@ -1,13 +1,19 @@
 """The recall benchmark: its generator, what it expects, the same curve on two ranks, and the order of the mixers."""
 
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
 import pytest
 import torch
-from _mqar_model import MIXERS, TAPS, Model, make_place, window
+from _mqar_mixers import MIXERS, SETTINGS, layers_of, told
+from _mqar_model import TAPS, Model, make_place, window
 from _mqar_task import Task, reach_bound
-from _mqar_train import Recipe, train
-from mqar import RATES, SLACK, best, differences, digits, missed
+from _mqar_train import Learner, Recipe, train
+from mqar import RATES, SLACK, best, differences, digits, kept, missed
 
 from longctx.loss import IGNORED
+from longctx.mixers.sparse.seer import Seer
 from longctx.parallel.layout import Layout
 from longctx.parallel.transport import Alone, ProcessGroupTransport
 
@@ -92,7 +98,8 @@ def curve(rank: int, world_size: int, group: torch.distributed.ProcessGroup, mix
     """Train some steps on a pooled rank, in float64."""
     transport = ProcessGroupTransport(group) if world_size > 1 else Alone()
     recipe = Recipe(width=8, steps=6, every=2, batch=8, sequences=40, test=30, dtype="float64")
-    return train(mixer, Task(20, 4, 24), recipe, lr=1e-2, seed=1, transport=transport)
+    tokens = 64 if layers_of(mixer).sparse else 20  # 8 blocks, of which a query sees 5
+    return train(mixer, Task(tokens, 4, 24), recipe, lr=1e-2, seed=1, transport=transport)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -106,6 +113,61 @@ def test_two_ranks_have_the_curve_of_one(gloo_pool, mixer: str) -> None:  # type
             assert ours["accuracy"] == theirs["accuracy"]
 
 
+@pytest.mark.parametrize("kind", ["moba", "landmark", "sla"])
+def test_sparse_attention_of_all_blocks(kind: str) -> None:
+    """MoBA of all blocks is softmax attention; SLA begins so, its landmarks' grouped softmax never is."""
+    task = Task(64, 8, 256)
+    place = make_place("softmax", Alone(), layout=Layout("contiguous", 1), passing="ring", total=task.tokens)
+    sequences, labels = task.draw(5, seed=3)
+    every = replace(SETTINGS, **{kind: replace(SETTINGS.sparse_kind(kind), topk=8)})
+    found = {}
+    for mixer, settings in (("softmax", SETTINGS), (kind, every), (kind, SETTINGS)):
+        model = Model(mixer, vocabulary=task.vocabulary, width=16, seed=0, settings=settings).double()
+        logits = model(sequences, asked=labels != IGNORED, place=place)
+        wanted = labels[labels != IGNORED]
+        torch.nn.functional.cross_entropy(logits, wanted).backward()
+        weights = dict(model.named_parameters())
+        names = [name for name in weights if "rest_weight" not in name and "landmark_weight" not in name]
+        found[mixer, settings is every] = [logits.detach(), *(weights[name].grad for name in names)]
+    dense, whole, some = found["softmax", False], found[kind, True], found[kind, False]
+    differ = [max((a - b).abs().max().item() for a, b in zip(dense, each, strict=True)) for each in (whole, some)]
+    assert differ[1] > 1e-4
+    assert (differ[0] < 1e-10) == (kind != "landmark"), differ
+
+
+def test_seer_is_distilled_first_and_then_left_alone() -> None:
+    """Its gate learns in the first third of the steps, from a loss of its own; tests are of what it chooses."""
+    task, recipe = Task(64, 4, 24), Recipe(width=8, steps=6, batch=8)
+    learner = Learner("seer", task, recipe, lr=1e-2, seed=0, transport=Alone())
+    sequences = task.draw(8, seed=0)
+    (gate,) = (weight for name, weight in learner.model.named_parameters() if name.endswith("gate_k"))
+    modes, moved = [], []
+    for _ in range(recipe.steps):
+        before = gate.detach().clone()
+        learner.step(*sequences)
+        modes += [module.settings.mode for module in learner.model.modules() if isinstance(module, Seer)]
+        moved.append(not torch.equal(gate, before))
+        learner.accuracy(*sequences)
+        assert all(module.settings.mode == "sparse" for module in learner.model.modules() if isinstance(module, Seer))
+    assert modes == ["distill"] * 2 + ["sparse"] * 4
+    assert moved == [True] * 2 + [False] * 4
+    assert not learner.losses
+
+
+def test_rows_of_other_settings_are_not_kept(tmp_path: Path) -> None:
+    recipe = Recipe()
+    rows = [
+        {"mixer": "softmax"},
+        {"mixer": "moba", "settings": told("moba")},
+        {"mixer": "moba", "settings": {"moba": {**told("moba")["moba"], "topk": 2}}},
+        {"mixer": "moba"},
+    ]
+    report = tmp_path / "mqar.json"
+    report.write_text(json.dumps({"recipe": asdict(recipe), "rows": rows}))
+    assert kept(report, recipe) == rows[:2]
+    assert kept(report, Recipe(steps=3)) == []
+
+
 def test_misses_and_leaks_are_told() -> None:
     row = {"mixer": "window", "size": "64:8:256", "seed": 0, "cp": 1, "lr": 0.1, "reach": 0.39}
     row["curve"] = [[2, 1.5, 0.4]]
@@ -114,6 +176,8 @@ def test_misses_and_leaks_are_told() -> None:
     assert missed([{**row, "mixer": "gdn", "accuracy": 0.98}])
     assert not missed([{**row, "mixer": "gdn", "accuracy": 0.99}])
     assert not missed([{**row, "mixer": "gdn", "accuracy": 0.0, "size": "32:4:64"}])
+    assert missed([{**row, "mixer": "moba", "accuracy": 0.84}])
+    assert not missed([{**row, "mixer": "moba", "accuracy": 0.84, "size": "128:16:512"}])
     other = {**row, "cp": 2, "curve": [[2, 1.500001, 0.4]]}
     assert digits(row) != digits(other)
     assert differences([row, other]) and not differences([row, {**row, "cp": 2}])
@@ -139,6 +203,15 @@ def test_mixers_recall_what_they_see_and_can_store() -> None:
     found = {mixer: reached(mixer, hard, narrow) for mixer in ("softmax", "linear", "lightning", "deltanet")}
     assert seen + 0.1 < found["linear"] < 0.9, found
     assert all(found[mixer] > 0.97 for mixer in ("softmax", "lightning", "deltanet")), found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_sparse_attention_recalls_most_and_with_a_softmax_layer_all() -> None:
+    """At the benchmark's own size and recipe: 5 of 8 blocks by the means of keys; one dense layer finds the rest."""
+    task = Task(64, 8, 256)
+    assert reached("moba", task, Recipe()) >= 0.85
+    assert reached("moba_full", task, Recipe()) >= 0.99
 
 
 def reached(mixer: str, task: Task, recipe: Recipe) -> float:
