@@ -166,6 +166,7 @@ class ContextParallelSparseAttention:
                 or a kernel that cannot serve.
         """
         self._check(q, k, v, selection, plan)
+        assert gates is None or selection.beside is None, "gates are of the slots of one selection"
         teams = self.schedule.teams(self.layout.cp)
         split = HeadSplit(q.shape[2], k.shape[2], teams.size)
         arrangement = Arrangement(
@@ -253,11 +254,12 @@ class ContextParallelSparseAttention:
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads; given {heads} and {kv_heads}")
         self.schedule.check(self.layout.cp, heads=heads, kv_heads=kv_heads)
-        if selection.heads not in (heads, kv_heads) or selection.rows not in (1, q.shape[0]):
-            raise ValueError(
-                f"a selection must be for all {heads} heads or all {kv_heads} KV heads, and for all {q.shape[0]} rows "
-                f"or one; given {selection.heads} heads and {selection.rows} rows"
-            )
+        for part in selection.parts():
+            if part.heads not in (heads, kv_heads) or part.rows not in (1, q.shape[0]):
+                raise ValueError(
+                    f"a selection must be for all {heads} heads or all {kv_heads} KV heads, and for all {q.shape[0]} "
+                    f"rows or one; given {part.heads} heads and {part.rows} rows"
+                )
         if selection.tokens != q.shape[1]:
             raise ValueError(f"the selection is of {selection.tokens} queries; q has {q.shape[1]}")
 

@@ -1,5 +1,6 @@
 """Selected attention over ranks as one autograd function: between q, k, v and out what a rank moves and computes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,26 +42,27 @@ class SparseCall(Arrangement):
         """Return what is computed with some KV heads of a source's shard."""
         group = heads // all_kv_heads
         q_heads = slice(kv_heads[0] * group, kv_heads[1] * group)
-        selection, each = self.selection, self.selection.heads // all_kv_heads
-        if kv_heads != (0, all_kv_heads):
-            selection = selection.of_heads(kv_heads[0] * each, kv_heads[1] * each)
+        selections = []
+        for one in self.selection.parts():
+            each = one.heads // all_kv_heads
+            selections.append(one.of_heads(kv_heads[0] * each, kv_heads[1] * each))
         tokens = self.moves.tokens(source)
         where = tokens if isinstance(tokens, slice) else tokens.to(self.places[source].device)
-        return Part(selection, self.places[source][where], q_heads, slice(*kv_heads))
+        return Part(selections, self.places[source][where], q_heads, slice(*kv_heads))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A kernel call's selection, its keys' positions int64 `[Tk]`, and its heads."""
+    """A kernel's selections, a call for each, the positions of their keys int64 `[Tk]`, and their heads."""
 
-    selection: Selection
+    selections: Sequence[Selection]
     k_positions: Tensor
     q_heads: slice
     kv_heads: slice
 
 
 def on_team(arrangement: Arrangement, selection: Selection, *, device: torch.device) -> Selection:
-    """Return the selection of this rank's heads for the tokens of its whole team (an exchange, as for q)."""
+    """Return the selection of this rank's heads for the tokens of its whole team: an exchange for each part."""
     team = arrangement.team
     if team.size == 1:
         return selection
@@ -75,7 +77,9 @@ def on_team(arrangement: Arrangement, selection: Selection, *, device: torch.dev
     key_class = selection.key_class
     if key_class is not None:
         key_class = key_class[:, :, torch.tensor(share[team.rank], device=key_class.device)]
-    return replace(selection, lo=lo, hi=hi, slot_class=rest[0] if rest else None, key_class=key_class)
+    beside = None if selection.beside is None else on_team(arrangement, selection.beside, device=device)
+    slot_class = rest[0] if rest else None
+    return replace(selection, lo=lo, hi=hi, slot_class=slot_class, key_class=key_class, beside=beside)
 
 
 class SelectedAttention(torch.autograd.Function):
@@ -97,17 +101,18 @@ class SelectedAttention(torch.autograd.Function):
 
         def attend(source: int, kv_heads: KvHeads, k_part: Tensor, v_part: Tensor) -> None:
             part = call.part(source, kv_heads, q.shape[2], k.shape[2])
-            call.kernel.forward(
-                q[:, :, part.q_heads],
-                k_part,
-                v_part,
-                selection=part.selection,
-                k_positions=part.k_positions,
-                weights=call.weights,
-                gates=None if gates is None else gates[:, :, part.q_heads],
-                scores=call.scores,
-                partial=Partial(partial.out[:, :, part.q_heads], partial.lse[:, part.q_heads]),
-            )
+            for selection in part.selections:
+                call.kernel.forward(
+                    q[:, :, part.q_heads],
+                    k_part,
+                    v_part,
+                    selection=selection,
+                    k_positions=part.k_positions,
+                    weights=call.weights,
+                    gates=None if gates is None else gates[:, :, part.q_heads],
+                    scores=call.scores,
+                    partial=Partial(partial.out[:, :, part.q_heads], partial.lse[:, part.q_heads]),
+                )
 
         call.moves.forward(call.ring, k, v, attend=attend)
         sink = None
@@ -140,23 +145,24 @@ class SelectedAttention(torch.autograd.Function):
             heads = part.q_heads
             dk = torch.zeros(k_part.shape, dtype=wide, device=k_part.device)
             dv = torch.zeros(v_part.shape, dtype=wide, device=v_part.device)
-            call.kernel.backward(
-                q[:, :, heads],
-                k_part,
-                v_part,
-                selection=part.selection,
-                k_positions=part.k_positions,
-                weights=call.weights,
-                gates=None if gates is None else gates[:, :, heads],
-                scores=call.scores,
-                dout=dout[:, :, heads],
-                delta=delta[:, heads],
-                lse=lse[:, heads],
-                dq=dq[:, :, heads],
-                dk=dk,
-                dv=dv,
-                dgates=None if dgates is None else dgates[:, :, heads],
-            )
+            for selection in part.selections:
+                call.kernel.backward(
+                    q[:, :, heads],
+                    k_part,
+                    v_part,
+                    selection=selection,
+                    k_positions=part.k_positions,
+                    weights=call.weights,
+                    gates=None if gates is None else gates[:, :, heads],
+                    scores=call.scores,
+                    dout=dout[:, :, heads],
+                    delta=delta[:, heads],
+                    lse=lse[:, heads],
+                    dq=dq[:, :, heads],
+                    dk=dk,
+                    dv=dv,
+                    dgates=None if dgates is None else dgates[:, :, heads],
+                )
             return dk, dv
 
         dk, dv = call.moves.backward(call.ring, k, v, attend=attend)

@@ -138,6 +138,14 @@ def wanted_blocks(selection: Selection, *, block_size: int, total: int) -> Tenso
 
     Of keys with classes those that a slot of their own class reaches, to the block.
     """
+    wanted = [_wanted(part, block_size, total) for part in selection.parts()]
+    return torch.stack(wanted).any(0)
+
+
+def _wanted(selection: Selection, block_size: int, total: int) -> Tensor:
+    told = (selection.lo, selection.hi, selection.slot_class, selection.key_class)
+    if all(x.stride(2) == 0 for x in told if x is not None):  # alike in all heads: one is enough
+        selection = selection.of_heads(0, 1)
     count = -(-total // block_size)
     seen = selection.hi >= selection.lo
     first = (selection.lo.clamp(0, total - 1) // block_size)[seen]
@@ -176,7 +184,10 @@ def distances(selection: Selection, positions: Tensor, *, block_size: int, bucke
         positions: int64 `[T]`, of the queries.
         buckets: how many counts; the last one has all that is farther.
     """
-    seen = selection.hi >= selection.lo
-    blocks = positions[None, :, None, None] // block_size - selection.hi // block_size
-    level = torch.frexp((blocks[seen]).clamp(min=0).to(torch.float64)).exponent.clamp(max=buckets - 1)
-    return torch.bincount(level.to(torch.int64), minlength=buckets).tolist()
+    counts = torch.zeros(buckets, dtype=torch.int64, device=positions.device)
+    for part in selection.parts():
+        seen = part.hi >= part.lo
+        blocks = positions[None, :, None, None] // block_size - part.hi // block_size
+        level = torch.frexp((blocks[seen]).clamp(min=0).to(torch.float64)).exponent.clamp(max=buckets - 1)
+        counts += torch.bincount(level.to(torch.int64), minlength=buckets)
+    return counts.tolist()

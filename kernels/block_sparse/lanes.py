@@ -30,6 +30,7 @@ class Lanes:
 
 def lanes_of(selection: Selection, k_positions: Tensor) -> Lanes:
     """Sort the keys at `k_positions`, int64 `[Tk]`, and find each slot among them."""
+    assert selection.beside is None, "kernels are given parts of a selection"
     if selection.key_class is None or selection.slot_class is None:
         ascending = bool((k_positions[1:] > k_positions[:-1]).all())
         order = None if ascending else torch.argsort(k_positions)

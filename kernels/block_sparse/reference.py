@@ -32,11 +32,13 @@ def selected_attention(
     Returns:
         out `[B, T, H, Dv]` and lse `[B, H, T]`, as `dense_attention` does.
     """
+    assert gates is None or selection.beside is None, "gates are of the slots of one selection"
     rows = []
     heads = q.shape[2]
+    whole = _to_heads(allowed(selection, k_positions), heads)
     for row in range(q.shape[0]):
-        pick = row if selection.rows > 1 else 0
-        seen = allowed(selection, k_positions)[pick].repeat_interleave(heads // selection.heads, dim=0)
+        pick = row if len(whole) > 1 else 0
+        seen = whole[pick]
         options = {"softmax_scale": softmax_scale, "softcap": softcap, "sink_logits": sink_logits}
         one = slice(row, row + 1)
         if gates is None:
@@ -45,7 +47,7 @@ def selected_attention(
         outs, logits = [], []
         for slot in range(selection.slots):
             mine = _slot(selection, slot)
-            seen = allowed(mine, k_positions)[pick].repeat_interleave(heads // selection.heads, dim=0)
+            seen = _to_heads(allowed(mine, k_positions), heads)[pick]
             out, _ = dense_attention(q[one], k[one], v[one], allowed=seen, softmax_scale=softmax_scale, softcap=softcap)
             outs.append(out)
             logits.append(gates[one, :, :, slot].masked_fill(~seen.any(-1).T[None], float("-inf")))
@@ -64,8 +66,12 @@ def selected_sum(q: Tensor, k: Tensor, v: Tensor, *, selection: Selection, k_pos
     """Compute `out_t = sum over the selected keys j of (q_t . k_j) v_j`: linear attention to them, not normalised."""
     group = q.shape[2] // k.shape[2]
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(group, dim=2))
-    seen = allowed(selection, k_positions).repeat_interleave(q.shape[2] // selection.heads, dim=1)
+    seen = _to_heads(allowed(selection, k_positions), q.shape[2])
     return torch.einsum("bhqk,bkhd->bqhd", scores * seen, v.repeat_interleave(group, dim=2))
+
+
+def _to_heads(seen: Tensor, heads: int) -> Tensor:
+    return seen.repeat_interleave(heads // seen.shape[1], dim=1)
 
 
 def _slot(selection: Selection, slot: int) -> Selection:

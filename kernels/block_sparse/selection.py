@@ -5,7 +5,6 @@ selected block is the slot of its positions; a strided column is a slot of the k
 k-means cluster is a class. It is told in global positions, so it means the same on every layout and rank.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +18,9 @@ class Selection:
     The slots of a query do not share a key. Heads are all query heads (`HS = H`), or one for each group of query heads
     that reads a KV head (`HS = HK`). Rows are those of the batch, or one for all (`R = 1`).
 
+    A key is of one class. Where what is seen needs two, such as a window of whatever class and a column, there is
+    another selection beside. Kernels know of none: they are given `parts()`, one after the other.
+
     Attributes:
         lo, hi: int64 `[R, T, HS, S]`, positions, both inclusive; a slot with `hi < lo` is empty.
         slot_class: int64 `[R, T, HS, S]`, >= 0; None = all 0.
@@ -26,6 +28,8 @@ class Selection:
             None = all 0. Given if and only if `slot_class` is.
         block_size: tokens that lie together: kernels cut keys into tiles of so many, and ranks exchange them in blocks
             of so many.
+        beside: what the same queries see as well, none of it seen here too. It has classes, heads (H or HK) and rows of
+            its own, and the same `block_size`; there are no gates with it. Sizes and slots are those without it.
     """
 
     lo: Tensor
@@ -33,12 +37,16 @@ class Selection:
     slot_class: Tensor | None = None
     key_class: Tensor | None = None
     block_size: int
+    beside: "Selection | None" = None
 
     def __post_init__(self) -> None:
         assert self.lo.dim() == 4 and self.lo.shape == self.hi.shape, (self.lo.shape, self.hi.shape)
         assert (self.slot_class is None) == (self.key_class is None), "classes of slots and of keys belong together"
         assert self.lo.dtype == self.hi.dtype == torch.int64, (self.lo.dtype, self.hi.dtype)
         assert self.block_size >= 1, self.block_size
+        if self.beside is not None:
+            sizes = [(each.tokens, each.block_size) for each in (self, self.beside)]
+            assert sizes[0] == sizes[1], sizes
 
     @property
     def rows(self) -> int:
@@ -60,8 +68,13 @@ class Selection:
         """Return S."""
         return self.lo.shape[3]
 
+    def parts(self) -> tuple["Selection", ...]:
+        """Return the selections without others beside them that this is the union of."""
+        return (self,) if self.beside is None else (replace(self, beside=None), *self.beside.parts())
+
     def of_heads(self, begin: int, end: int) -> "Selection":
-        """Return that of heads `begin` to `end` of HS."""
+        """Return that of heads `begin` to `end` of HS; of a part, since others beside it have heads of their own."""
+        assert self.beside is None
 
         def part(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[:, :, begin:end]
@@ -79,8 +92,18 @@ def allowed(selection: Selection, k_positions: Tensor) -> Tensor:
     """Evaluate a selection densely: which keys at `k_positions`, int64 `[Tk]`, each query sees. The definition.
 
     Returns:
-        bool `[R, HS, T, Tk]`.
+        bool `[R, HS, T, Tk]`, with the most rows and heads that a part has.
     """
+    parts = selection.parts()
+    heads = max(part.heads for part in parts)
+    seen = [_slots_with(part, k_positions).repeat_interleave(heads // part.heads, dim=1) for part in parts]
+    count = sum(seen[1:], start=seen[0])
+    assert not (count > 1).any(), "two slots of a query share a key"
+    return count > 0
+
+
+def _slots_with(selection: Selection, k_positions: Tensor) -> Tensor:
+    """Count the slots of one part that hold a key: int64 `[R, HS, T, Tk]`."""
     lo, hi = (x.permute(0, 2, 1, 3)[..., None, :] for x in (selection.lo, selection.hi))  # [R, HS, T, 1, S]
     place = k_positions[:, None]
     seen = (lo <= place) & (place <= hi)
@@ -88,28 +111,7 @@ def allowed(selection: Selection, k_positions: Tensor) -> Tensor:
         slots = selection.slot_class.permute(0, 2, 1, 3)[..., None, :]
         keys = selection.key_class[:, k_positions].permute(0, 2, 1)[:, :, None, :, None]
         seen = seen & (slots == keys)
-    assert not (seen.sum(-1) > 1).any(), "two slots of a query share a key"
-    return seen.any(-1)
-
-
-def joined(parts: Sequence[Selection]) -> Selection:
-    """Return the union of selections of the same queries that share no key: all of the same classes, or none of any."""
-    assert parts
-    block_size = max(part.block_size for part in parts)
-    classed = [part for part in parts if part.key_class is not None]
-    assert not classed or len(classed) == len(parts), "either all parts have classes or none has"
-    assert all(part.key_class is classed[0].key_class for part in classed), "parts have the same classes of keys"
-    lo, hi = (torch.cat([getattr(part, name) for part in parts], dim=-1) for name in ("lo", "hi"))
-    slot_class = (
-        torch.cat([part.slot_class for part in classed if part.slot_class is not None], -1) if classed else None
-    )
-    return Selection(
-        lo=lo,
-        hi=hi,
-        slot_class=slot_class,
-        key_class=classed[0].key_class if classed else None,
-        block_size=block_size,
-    )
+    return seen.sum(-1)
 
 
 def selected_blocks(blocks: Tensor, *, block_size: int, positions: Tensor, first: Tensor) -> Selection:

@@ -1,5 +1,7 @@
 """Selections to test with, as functions of global positions: any rank makes its own queries' part of the same one."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,15 @@ def random_classes(positions: Tensor, document_of: Tensor, *, heads: int, seed: 
     even = (positions % 2 == 0)[None, :, None, None]
     slot_class = torch.where(even, torch.arange(3).flip(0), torch.arange(3)).expand_as(lo).contiguous()
     return Selection(lo=lo, hi=hi, slot_class=slot_class, key_class=key_class, block_size=BLOCK)
+
+
+def two_parts(positions: Tensor, document_of: Tensor, *, heads: int, beside_heads: int) -> Selection:
+    """Let queries see their last 5 keys, and beside them, of all before, those of random classes."""
+    place, first = positions[None, :, None, None], document_of[:, positions, None, None]
+    begin = torch.maximum(first, place - 4)
+    window = Selection(lo=begin.expand(-1, -1, heads, -1), hi=place.expand(len(first), -1, heads, -1), block_size=BLOCK)
+    classes = random_classes(positions, document_of, heads=beside_heads)
+    return replace(window, beside=replace(classes, hi=torch.minimum(classes.hi, begin - 1)))
 
 
 def nothing(positions: Tensor, document_of: Tensor, *, heads: int) -> Selection:

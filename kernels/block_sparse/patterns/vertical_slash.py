@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.block_sparse.patterns.counts import rounded, triangle
-from longctx.kernels.block_sparse.patterns.pattern import Slot, select, tile_width, where_queries_are
+from longctx.kernels.block_sparse.patterns.pattern import Slot, select, tile_width, where_keys_are, where_queries_are
 from longctx.kernels.block_sparse.selection import Selection
 
 Offsets = tuple[int, ...] | tuple[tuple[int, ...], ...]
@@ -47,52 +47,45 @@ class VerticalSlash:
                     raise ValueError(f"{name} must be offsets >= 0; given {offset}")
 
     def selection(self, *, positions: Tensor, document_of: Tensor, num_heads: int, num_kv_heads: int) -> Selection:
-        """Return what the queries at `positions` see; see `Pattern`."""
-        here, first = (x[..., None] for x in where_queries_are(positions, document_of))  # [R, T, 1, 1]
-        columns, bands = self._runs()
-        for name, runs in (("vertical", columns), ("slash", bands)):
-            if len(runs) not in (1, num_kv_heads):
+        """Return what the queries at `positions` see; see `Pattern`.
+
+        Keys of columns are of class 1, which is one slot, and all others of class 0: a slot for each band.
+        """
+        here, first = where_queries_are(positions, document_of)
+        columns, bands = _by_head(self.vertical), self._bands()
+        for name, some in (("vertical", columns), ("slash", bands)):
+            if len(some) not in (1, num_kv_heads):
                 raise ValueError(
-                    f"{name} has offsets for {len(runs)} KV heads, there are {num_kv_heads}: give one tuple for each, "
+                    f"{name} has offsets for {len(some)} KV heads, there are {num_kv_heads}: give one tuple for each, "
                     "or one for all"
                 )
-        begins, ends = _tensors(columns, device=here.device)  # [1 or HK, runs]
-        least, most = _tensors(bands, device=here.device)
-        lo = _together(first + begins, torch.maximum(first, here - most))
-        hi = _together(torch.minimum(first + ends, here), here - least)
-        lo, hi = disjoint(lo, hi)
-        slots = [Slot(*some) for some in zip(lo.unbind(-1), hi.unbind(-1), strict=True)]
+        least, most = _tensors(bands, device=here.device)  # [1 or HK, bands]
+        zero = torch.zeros_like(here)
+        slots = [
+            Slot(torch.maximum(first, here - far), here - near, zero)
+            for near, far in zip(least.unbind(-1), most.unbind(-1), strict=True)
+        ]
+        slots.append(Slot(first, here, zero + 1))
+        keys = where_keys_are(document_of)
+        key_class = torch.stack([torch.isin(keys, keys.new_tensor(some)) for some in columns], dim=-1)
         width = tile_width(self.window) if not any(_by_head(self.slash)) else tile_width(1)
-        return select(slots, heads=num_kv_heads, block_size=width)
+        return select(slots, heads=num_kv_heads, key_class=key_class, block_size=width)
 
     def pairs(self, begin: int, length: int) -> int:
         """Return visible pairs; see `Pattern`."""
-        columns, bands = self._runs()
+        columns, bands = _by_head(self.vertical), self._bands()
         heads = max(len(columns), len(bands))
         total = sum(_pairs(length, columns[head % len(columns)], bands[head % len(bands)]) for head in range(heads))
         return rounded(total, heads)
 
-    def _runs(self) -> tuple[list[list[Run]], list[list[Run]]]:
-        """Return columns and bands, the window among them, by head, or of one for all."""
-        columns = [_runs_of(some) for some in _by_head(self.vertical)]
-        return columns, [_runs_of(some, Run(0, self.window - 1)) for some in _by_head(self.slash)]
+    def _bands(self) -> list[list[Run]]:
+        """Return the distances that are seen, the window among them, by head, or of one for all."""
+        return [_runs_of(some, Run(0, self.window - 1)) for some in _by_head(self.slash)]
 
 
 def a_shape(*, first: int, window: int) -> VerticalSlash:
     """Return the A-shape: the first tokens of the document, and the last ones (StreamingLLM, arXiv 2309.17453)."""
     return VerticalSlash(vertical=tuple(range(first)), window=window)
-
-
-def disjoint(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-    """Return intervals `[..., S]`, both ends inclusive, with the same union and no common element, in order.
-
-    Each keeps what none before it has; those that keep nothing have `hi < lo`.
-    """
-    empty = hi < lo
-    lo, order = torch.where(empty, 0, lo).sort(dim=-1)
-    hi = torch.where(empty, -1, hi).gather(-1, order)
-    reach = torch.cat([torch.full_like(hi[..., :1], -1), hi.cummax(dim=-1).values[..., :-1]], dim=-1)
-    return torch.maximum(lo, reach + 1), hi
 
 
 def _by_head(offsets: Offsets) -> Sequence[tuple[int, ...]]:
@@ -120,17 +113,12 @@ def _tensors(runs: list[list[Run]], *, device: torch.device) -> tuple[Tensor, Te
     return full[..., 0], full[..., 1]
 
 
-def _together(a: Tensor, b: Tensor) -> Tensor:
-    shape = torch.broadcast_shapes(a.shape[:3], b.shape[:3])
-    return torch.cat([a.expand(*shape, -1), b.expand(*shape, -1)], dim=-1)
-
-
-def _pairs(length: int, columns: list[Run], bands: list[Run]) -> int:
+def _pairs(length: int, columns: Sequence[int], bands: list[Run]) -> int:
     """Count the pairs of the bands, and those of the columns whose distance is of no band."""
     total = 0
     for band in bands:
         total += triangle(max(length - band.begin, 0)) - triangle(max(length - band.end - 1, 0))
-    for place in (place for run in columns for place in range(run.begin, min(run.end + 1, length))):
+    for place in {place for place in columns if place < length}:
         later = length - place  # distances 0 to later - 1
         total += later - sum(max(min(band.end + 1, later) - band.begin, 0) for band in bands)
     return total
