@@ -22,6 +22,7 @@ from longctx.mixers.layers import Layers
 from longctx.mixers.pattern import describe_layers
 from longctx.mixers.place import Place
 from longctx.mixers.shape import linear_shape
+from longctx.mixers.sparse.base import SparseMixerConfig
 from longctx.model import ModelConfig
 from longctx.parallel.balance import visible_pairs
 from longctx.parallel.layout import Layout
@@ -117,10 +118,16 @@ class Stack:
         )
         bounds = cu_seqlens if self.config.documents else (0, total)
         return dense + sum(
-            self.layers.kinds.count(kind) * self.layers.mixers.sparse_kind(kind).pairs(begin, end - begin)
-            for kind in self.layers.sparse_kinds
+            self.layers.kinds.count(kind) * settings.pairs(begin, end - begin)
+            for kind, settings in self._sparse_settings.items()
             for begin, end in pairwise(bounds)
         )
+
+    @cached_property
+    def _sparse_settings(self) -> dict[str, SparseMixerConfig]:
+        heads, kv_heads = self.model.num_heads, self.model.num_kv_heads
+        settings = {kind: self.layers.mixers.sparse_kind(kind) for kind in self.layers.sparse_kinds}
+        return {kind: each.of_model(heads=heads, kv_heads=kv_heads) for kind, each in settings.items()}
 
     def plan(self, bounds: Sequence[Bounds], *, total: int, device: torch.device, step: int = 0) -> StackPlan:
         """Return this rank's plan for a micro-batch.

@@ -12,17 +12,18 @@ from longctx.kernels.block_sparse.selection import Selection
 
 @dataclass(frozen=True, kw_only=True)
 class S2:
-    """Let a query see the last `local` blocks, and those of the shard of its KV head.
+    """Let a query see the last `local` blocks, and those of the shard of its head.
 
-    The shard of KV head g are the blocks n with `(n + 1 + g step) % stride == 0`,
-    `step = max(1, stride // num_kv_heads)`, as in the paper's DKernel. With `num_kv_heads >= stride` any `stride` KV
-    heads in a row see all of the past between them. With fewer, shards are spread evenly, and parts of the past are in
-    none. Query heads of a KV head see the same, which is what the paper calls KV-efficient.
+    The shard of head g are the blocks n with `(n + 1 + g step) % stride == 0`, `step = max(1, stride // heads)`, as in
+    the paper's DKernel. Any `stride` heads in a row then see all of the past between them. Heads are KV heads, whose
+    query heads see the same (the paper's KV-efficient sharding), if there are `stride` of them; or else query heads,
+    which costs a copy of k and v for each, if there are `stride` of those. With fewer heads than shards those of KV
+    heads are spread evenly, and parts of the past are in none.
 
     Attributes:
         block_size: tokens of a block, counted from where the document begins.
         local: blocks of the local window, the query's own one among them.
-        stride: a head sees one of so many blocks.
+        stride: shards: a head sees one of so many blocks.
     """
 
     block_size: int
@@ -40,15 +41,16 @@ class S2:
         In each head, blocks of its shard are of class 1 and all others of class 0: two slots, whatever the length.
         """
         here, first = where_queries_are(positions, document_of)
-        head = torch.arange(num_kv_heads, device=here.device)
+        heads = num_heads if num_kv_heads < self.stride <= num_heads else num_kv_heads
+        head = torch.arange(heads, device=here.device)
         block = where_keys_are(document_of)[..., None] // self.block_size
-        shard = (block + 1 + head * max(self.stride // num_kv_heads, 1)) % self.stride == 0
+        shard = (block + 1 + head * max(self.stride // heads, 1)) % self.stride == 0
         oldest = torch.clamp((here - first) // self.block_size - self.local + 1, min=0)
         slots = [
             Slot(first + oldest * self.block_size, here, torch.zeros_like(here)),
             Slot(first, here, torch.ones_like(here)),
         ]
-        return select(slots, heads=num_kv_heads, key_class=shard, block_size=tile_width(self.block_size))
+        return select(slots, heads=heads, key_class=shard, block_size=tile_width(self.block_size))
 
     def pairs(self, begin: int, length: int) -> int:
         """Return visible pairs; see `Pattern`. The mean is over all `stride` shards, each as often as the others."""

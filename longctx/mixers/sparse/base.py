@@ -1,7 +1,7 @@
 """What all kinds of sparse softmax attention have in common: settings, and a module between q, k, v and out."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -67,6 +67,10 @@ class SparseMixerConfig(SoftmaxMixerConfig):
         """Tell whether `model.sink_logits` can be honoured: there is one softmax."""
         return True
 
+    def of_model(self, *, heads: int, kv_heads: int) -> Self:
+        """Return the settings with numbers for what depends on the model's heads."""
+        return self
+
     def validate(self, kind: str) -> None:
         """Refuse impossible settings; names keys as `mixers.<kind>.<key>`."""
         raise NotImplementedError
@@ -78,7 +82,8 @@ class SparseMixerConfig(SoftmaxMixerConfig):
     def pairs(self, begin: int, length: int) -> int:
         """Return how many (query, key) pairs a head computes in a document of `length` tokens from position `begin`.
 
-        The mean over heads, rounded; of routed kinds with every candidate block counted as a whole one.
+        The mean over heads, rounded; of routed kinds with every candidate block counted as a whole one. Of settings
+        that `of_model` returns.
         """
         raise NotImplementedError
 

@@ -1,6 +1,7 @@
 """The settings of static sparse patterns; `kernels/block_sparse/patterns/` has what they mean."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from longctx.kernels.block_sparse.patterns.fixed import Fixed
 from longctx.kernels.block_sparse.patterns.heads import ALTERNATE, HEADS, MERGED
@@ -19,12 +20,12 @@ class StaticConfig(SparseMixerConfig):
 
     @property
     def pattern(self) -> Pattern:
-        """Return the pattern; of settings that `validate` accepts."""
+        """Return the pattern; of settings that `validate` accepts and `of_model` returns."""
         raise NotImplementedError
 
     def make(self, sizes: Sizes) -> SparseMixer:
         """Return the module of a layer."""
-        return StaticMixer(self.pattern)
+        return StaticMixer(self.of_model(heads=sizes.heads, kv_heads=sizes.kv_heads).pattern)
 
     def pairs(self, begin: int, length: int) -> int:
         """Return the pairs of a document, the mean over heads; see `SparseMixerConfig`."""
@@ -37,9 +38,7 @@ class SparseStridedConfig(StaticConfig):
 
     Attributes:
         stride: tokens of the local window, and between the keys of a column; about the root of the length.
-        heads: `merged`: all heads see both in one softmax; `alternate`: KV heads in turn the one or the other. Merged
-            costs a slot for each key of the shorter one of the two: memory is `min(stride, length / stride)` numbers a
-            token, and a kernel looks at a tile of keys for each.
+        heads: `merged`: all heads see both in one softmax; `alternate`: KV heads in turn the one or the other.
     """
 
     stride: int = 128
@@ -68,7 +67,7 @@ class SparseFixedConfig(StaticConfig):
     Attributes:
         stride: tokens of a block; a query sees its own one.
         columns: the last tokens of a block, which all later queries see.
-        heads: `merged` or `alternate`, as for `SparseStridedConfig`; here merged costs two slots only.
+        heads: `merged` or `alternate`, as for `SparseStridedConfig`.
     """
 
     stride: int = 128
@@ -127,27 +126,36 @@ class NeighborhoodConfig(StaticConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class S2Config(StaticConfig):
-    """S2-Attention, arXiv 2407.17678: KV heads share out what is before a local window.
+    """S2-Attention, arXiv 2407.17678: heads share out what is before a local window.
 
     Attributes:
         block_size: tokens of a block.
         local: blocks of the local window.
-        stride: a head sees one of so many earlier blocks; with `model.num_kv_heads` of at least that many the heads of
-            a layer see all of the past between them.
+        stride: a head sees one of so many earlier blocks; null = `model.num_kv_heads`, or 2 if there is only one of
+            several query heads: as many as a layer's heads can see all of the past with between them. That is so up to
+            `model.num_heads`, but above `model.num_kv_heads` query heads differ that share k and v, and kernels copy
+            them for each. Above `model.num_heads` parts of the past are seen by no head.
     """
 
     block_size: int = 64
     local: int = 8
-    stride: int = 16
+    stride: int | None = None
 
     @property
     def pattern(self) -> S2:
-        """Return the pattern."""
+        """Return the pattern; of settings that `of_model` returns."""
+        assert self.stride is not None, "stride depends on the model's heads"
         return S2(block_size=self.block_size, local=self.local, stride=self.stride)
 
     def validate(self, kind: str) -> None:
         """Refuse impossible settings."""
-        at_least(kind, 1, block_size=self.block_size, local=self.local, stride=self.stride)
+        at_least(kind, 1, block_size=self.block_size, local=self.local)
+        if self.stride is not None:
+            at_least(kind, 1, stride=self.stride)
+
+    def of_model(self, *, heads: int, kv_heads: int) -> Self:
+        """Return the settings with a number for `stride`."""
+        return self if self.stride is not None else replace(self, stride=max(kv_heads, min(heads, 2)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from longctx.kernels.block_sparse.patterns.neighborhood import Neighborhood
 from longctx.kernels.block_sparse.patterns.pattern import Pattern
 from longctx.kernels.block_sparse.patterns.s2 import S2
 from longctx.kernels.block_sparse.patterns.strided import Strided
-from longctx.kernels.block_sparse.patterns.vertical_slash import VerticalSlash, a_shape, disjoint
+from longctx.kernels.block_sparse.patterns.vertical_slash import VerticalSlash, a_shape
 from longctx.kernels.block_sparse.selection import Selection, allowed
 
 HEADS, KV_HEADS = 4, 2
@@ -213,6 +213,21 @@ def test_any_shards_in_a_row_are_all_of_the_past(first):
     assert (away[:, TOTAL - 1, :52].sum(0) == 1).all()  # and of what is far each sees another part
 
 
+@pytest.mark.parametrize(("kv_heads", "stride"), [(1, 2), (1, 4), (2, 3), (2, 4)])
+def test_query_heads_share_out_what_kv_heads_are_too_few_for(kv_heads, stride):
+    """S2: the union over the query heads is all of the past; with more shards than those there are holes."""
+    causal = torch.ones(TOTAL, TOTAL, dtype=torch.bool).tril()
+    pattern = S2(block_size=4, local=2, stride=stride)
+    assert HEADS >= stride > kv_heads
+    seen = allowed(selection_of(pattern, ((TOTAL,),), kv_heads=kv_heads), torch.arange(TOTAL))[0]
+    assert len(seen) == HEADS
+    assert torch.equal(seen.any(0), causal)
+    wider = S2(block_size=4, local=2, stride=HEADS + 1)
+    seen = allowed(selection_of(wider, ((TOTAL,),), kv_heads=kv_heads), torch.arange(TOTAL))[0]
+    assert len(seen) == kv_heads
+    assert not torch.equal(seen.any(0), causal)
+
+
 @cases
 def test_heads_that_are_alike_are_not_copied(name):
     selection = selection_of(CASES[name][0])
@@ -228,29 +243,17 @@ def test_patterns_are_values(name):
 
 
 def test_few_slots_whatever_the_length():
-    """What has classes needs as many slots for long documents; merged strides need the fewer of two numbers."""
+    """Long documents need as many as short ones, and many columns as many as one."""
     for pattern, slots in [
         (Strided(stride=8, heads="alternate"), 1),
         (Fixed(stride=8, columns=2), 2),
         (Neighborhood(window=4, dilation=8), 1),
         (S2(block_size=8, local=2, stride=4), 2),
-        (Strided(stride=8), 8),
-        (Strided(stride=20), 4),
-        (VerticalSlash(vertical=(0, 1, 5), slash=(3, 4, 9, 10), window=3), 4),
+        (Strided(stride=8), 2),
+        (Strided(stride=20), 2),
+        (VerticalSlash(vertical=(0, 1, 5, 20, 30, 40), slash=(3, 4, 9, 10), window=3), 3),
     ]:
-        assert selection_of(pattern, ((80,),)).slots == slots
-
-
-def test_intervals_become_disjoint():
-    generator = torch.Generator().manual_seed(0)
-    lo = torch.randint(0, 20, (200, 6), generator=generator)
-    hi = lo + torch.randint(-3, 8, (200, 6), generator=generator)
-    place = torch.arange(30)
-
-    def counts(lo, hi):
-        return ((lo[..., None] <= place) & (place <= hi[..., None])).sum(1)
-
-    assert torch.equal(counts(*disjoint(lo, hi)), counts(lo, hi).clamp(max=1))
+        assert sum(part.slots for part in selection_of(pattern, ((80,),)).parts()) == slots
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from longctx.kernels.block_sparse.selection import allowed
 from longctx.kernels.softmax.reference import dense_attention
 from longctx.mixers.sparse import static_mixer
 from longctx.mixers.sparse.base import Inputs, Sizes
@@ -24,29 +25,33 @@ TOTAL, HEADS, KV_HEADS, DIM = 41, 4, 2, 8
 SIZES = Sizes(dim=16, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, layer=0, num_layers=2)
 DOCUMENTS = torch.tensor([[0] * 17 + [17] + [18] * 23, [0] * TOTAL])
 
-# Of (i, j) of a document, int64 `[T, T]`, and the KV head; causality comes on top.
+# Of (i, j) of a document, int64 `[T, T]`, and the query head, of which two share a KV head; causality comes on top.
 CASES = {
-    "strided": (SparseStridedConfig(stride=6), lambda i, j, g: (i - j < 6) | ((i - j) % 6 == 0)),
+    "strided": (SparseStridedConfig(stride=6), lambda i, j, h: (i - j < 6) | ((i - j) % 6 == 0)),
     "strided_alternate": (
         SparseStridedConfig(stride=6, heads="alternate"),
-        lambda i, j, g: i - j < 6 if g == 0 else (i - j) % 6 == 0,
+        lambda i, j, h: i - j < 6 if h < 2 else (i - j) % 6 == 0,
     ),
-    "fixed": (SparseFixedConfig(stride=6, columns=2), lambda i, j, g: (i // 6 == j // 6) | (j % 6 >= 4)),
+    "fixed": (SparseFixedConfig(stride=6, columns=2), lambda i, j, h: (i // 6 == j // 6) | (j % 6 >= 4)),
     "fixed_alternate": (
         SparseFixedConfig(stride=6, columns=2, heads="alternate"),
-        lambda i, j, g: i // 6 == j // 6 if g == 0 else j % 6 >= 4,
+        lambda i, j, h: i // 6 == j // 6 if h < 2 else j % 6 >= 4,
     ),
     "neighborhood": (
         NeighborhoodConfig(window=4, stride=2, dilation=3),
-        lambda i, j, g: (i % 3 == j % 3) & (i // 3 // 2 * 2 + 1 - j // 3 < 4),
+        lambda i, j, h: (i % 3 == j % 3) & (i // 3 // 2 * 2 + 1 - j // 3 < 4),
     ),
     "s2": (
         S2Config(block_size=4, local=2, stride=2),
-        lambda i, j, g: (i // 4 - j // 4 < 2) | ((j // 4 + 1 + g) % 2 == 0),
+        lambda i, j, h: (i // 4 - j // 4 < 2) | ((j // 4 + 1 + h // 2) % 2 == 0),
+    ),
+    "s2_query_heads": (  # more shards than KV heads
+        S2Config(block_size=4, local=2, stride=4),
+        lambda i, j, h: (i // 4 - j // 4 < 2) | ((j // 4 + 1 + h) % 4 == 0),
     ),
     "vertical_slash": (
         VerticalSlashConfig(vertical=(0, 3), slash=(5, 6, 11), window=3),
-        lambda i, j, g: (i - j < 3) | (j == 0) | (j == 3) | (i - j == 5) | (i - j == 6) | (i - j == 11),
+        lambda i, j, h: (i - j < 3) | (j == 0) | (j == 3) | (i - j == 5) | (i - j == 6) | (i - j == 11),
     ),
 }
 cases = pytest.mark.parametrize("name", CASES)
@@ -57,7 +62,7 @@ def predicate(sees) -> torch.Tensor:
     place = torch.arange(TOTAL) - DOCUMENTS
     i, j = place[:, :, None], place[:, None, :]
     same = (DOCUMENTS[:, :, None] == DOCUMENTS[:, None, :]) & (j <= i)
-    return torch.stack([sees(i, j, head * KV_HEADS // HEADS) & same for head in range(HEADS)], dim=1)
+    return torch.stack([sees(i, j, head) & same for head in range(HEADS)], dim=1)
 
 
 def some_inputs(*, sinks: bool = False) -> Inputs:
@@ -209,6 +214,24 @@ def test_impossible_settings_are_refused(config, words):
 def test_one_kv_head_cannot_alternate(config):
     with pytest.raises(ValueError, match="model.num_kv_heads=1: set heads=merged"):
         config.make(SIZES._replace(kv_heads=1))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "stride"), [(1, 1, 1), (4, 1, 2), (2, 2, 2), (6, 3, 3), (8, 8, 8)])
+def test_without_a_stride_heads_share_out_all_of_the_past(heads, kv_heads, stride):
+    config = S2Config(block_size=4, local=1)
+    config.validate("s2")
+    sizes = SIZES._replace(heads=heads, kv_heads=kv_heads)
+    mixer = config.make(sizes)
+    assert config.of_model(heads=heads, kv_heads=kv_heads) == S2Config(block_size=4, local=1, stride=stride)
+    place = WholeSparse(document_of=DOCUMENTS)
+    selection = selection_at(mixer.pattern, place, num_heads=heads, num_kv_heads=kv_heads)
+    seen = allowed(selection, torch.arange(TOTAL))
+    assert torch.equal(seen.any(1), predicate(lambda i, j, h: j <= i)[:, 0])
+
+
+def test_a_stride_that_is_given_stays():
+    config = S2Config(stride=7)
+    assert config.of_model(heads=4, kv_heads=2) is config
 
 
 def test_offsets_may_be_lists():
