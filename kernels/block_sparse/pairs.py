@@ -53,11 +53,13 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pieces:
-    """Groups cut into pieces of not too many pairs; N2 of them, in the order of the groups.
+    """Groups cut into pieces of not too many rows; N2 of them, in the order of the groups.
+
+    A pair has as many rows as heads share its query: row `pair * heads + head`.
 
     Attributes:
         tiles: int64 `[N2]`, the tile of keys of each piece.
-        begin, end: int64 `[N2]`: its pairs are those from `begin` to `end - 1`.
+        begin, end: int64 `[N2]`: its rows are those from `begin` to `end - 1`.
         first: int64 `[NG + 1]`: the pieces of group i are those from `first[i]` to `first[i + 1] - 1`.
         full: how many pieces, the first ones, see whole tiles of keys.
     """
@@ -69,14 +71,15 @@ class Pieces:
     full: int
 
 
-def pieces_of(pairs: Pairs, most: int) -> Pieces:
-    """Cut groups into pieces of at most `most` pairs."""
-    device = pairs.bounds.device
-    first = _begins(-(-pairs.bounds.diff() // most))
+def pieces_of(pairs: Pairs, most: int, *, heads: int = 1) -> Pieces:
+    """Cut groups into pieces of at most `most` rows."""
+    bounds = pairs.bounds * heads
+    first = _begins(-(-bounds.diff() // most))
     full, count = first[[pairs.full, -1]].tolist()
-    group = torch.repeat_interleave(torch.arange(len(pairs.groups), device=device), first.diff(), output_size=count)
-    begin = pairs.bounds[group] + (torch.arange(count, device=device) - first[group]) * most
-    end = torch.minimum(begin + most, pairs.bounds[group + 1])
+    number = torch.arange(count, device=bounds.device)
+    group = torch.searchsorted(first, number, right=True) - 1
+    begin = bounds[group] + (number - first[group]) * most
+    end = torch.minimum(begin + most, bounds[group + 1])
     return Pieces(tiles=pairs.groups[group], begin=begin, end=end, first=first, full=full)
 
 
@@ -133,7 +136,7 @@ def _pairs(rows: Tensor, lane: Tensor, begin: Tensor, end: Tensor, width: int, t
     groups, sizes = torch.unique_consecutive((key + partial * span)[order], return_counts=True)
     return Pairs(
         rows=rows,
-        begin=before[:: count.shape[1]],
+        begin=before[:: count.shape[1]].contiguous(),
         place=place[order],
         number=order,
         slot=slot[order],
