@@ -1,4 +1,4 @@
-"""What a kernel of sparse attention is: one device's arithmetic on a selection and the keys at hand; it knows no rank."""
+"""What a kernel of sparse attention is: one device's arithmetic on a selection and the keys at hand. No rank."""
 
 from typing import Literal, Protocol
 

@@ -177,7 +177,7 @@ def test_every_pair_of_factors(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("cp", (3, 8))
+@pytest.mark.parametrize("cp", [3, 8])
 def test_every_pair_of_the_other_factors_on_each_schedule(cp, schedule):
     others = {key: FACTORS[key] for key in ("kind", "layout", "moves", "documents", "alike")}
     fixed = {"heads": "gqa", "softcap": False, "schedule": schedule, "cp": cp}
