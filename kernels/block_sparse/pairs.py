@@ -14,8 +14,6 @@ from torch import Tensor
 
 from longctx.kernels.block_sparse.lanes import Lanes
 
-PAIRS_AT_ONCE = 1 << 18  # times heads and head dim, these are the partial results that exist at a time
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pairs:
@@ -84,7 +82,7 @@ def pieces_of(pairs: Pairs, most: int, *, heads: int = 1) -> Pieces:
 
 
 def pairs_of(
-    lanes: Lanes, *, batch: int, kv_heads: int, width: int, tiles_per_lane: int, at_once: int = PAIRS_AT_ONCE
+    lanes: Lanes, *, batch: int, kv_heads: int, width: int, tiles_per_lane: int, at_once: int
 ) -> Iterator[Pairs]:
     """Yield all pairs, some queries at a time: whole lanes where they are few, else runs of a lane's queries.
 

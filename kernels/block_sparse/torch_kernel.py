@@ -12,13 +12,14 @@ from torch import Tensor
 
 from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.lanes import Lanes, add_from_lanes, lanes_of, to_lanes
-from longctx.kernels.block_sparse.pairs import PAIRS_AT_ONCE, Pairs, pairs_of, pieces_of
+from longctx.kernels.block_sparse.pairs import Pairs, pairs_of, pieces_of
 from longctx.kernels.block_sparse.selection import Selection
 from longctx.kernels.block_sparse.turns import Turns, take
 from longctx.kernels.block_sparse.weights import RowTerms, scores_of, slope_of, softmax_backward, softmax_forward
 from longctx.kernels.contract import Request, Scores
 from longctx.kernels.merge import Partial, accumulator_dtype, merge_into
 
+PAIRS_AT_ONCE = 1 << 18  # times the head dim, these are the partial results that exist at a time
 # Queries of a tile, of which most groups fill several, so that little is empty.
 HEIGHTS = (8, 16, 32, 64, 128, 256)
 # Keys of a tile at most, and the scores of the tiles that are computed together: on a CPU they stay in its caches.

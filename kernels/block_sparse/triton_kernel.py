@@ -125,7 +125,7 @@ class TritonSparseKernel:
         queries = dq.contiguous()
         width = even(selection.block_size, entry.backward.keys)
         keys, values = key_gradients(
-            *(hop, entry.backward, width), dout=dout, lse=lse, delta=delta, slots=selection.slots, dq=queries
+            *(hop, entry, width), dout=dout, lse=lse, delta=delta, slots=selection.slots, dq=queries
         )
         if queries.data_ptr() != dq.data_ptr():
             dq.copy_(queries)

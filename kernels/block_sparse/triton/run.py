@@ -8,14 +8,12 @@ from torch import Tensor
 
 from longctx.kernels.block_sparse.pairs import Pairs
 from longctx.kernels.block_sparse.triton.hop import MAX_HEAD_DIM, Hop, launches_of, pair_arguments
+from longctx.kernels.block_sparse.triton.tile_table import Entry
 from longctx.kernels.merge import Partial
 from longctx.kernels.softmax.triton.tile_table import Blocks
 from longctx.kernels.triton_common.launch import cdiv, launch
 from longctx.kernels.triton_common.tile_table import block
 
-# Blocks of queries that one program of the backward pass goes through. With more there is less to sum, but longer to
-# wait for a tile that everybody sees.
-TURNS = 16
 COLUMNS = 1024
 
 
@@ -36,7 +34,7 @@ def attend_pairs(hop: Hop, blocks: Blocks, width: int) -> Iterator[tuple[Pairs, 
 
 
 def key_gradients(
-    hop: Hop, blocks: Blocks, width: int, *, dout: Tensor, lse: Tensor, delta: Tensor, slots: int, dq: Tensor
+    hop: Hop, entry: Entry, width: int, *, dout: Tensor, lse: Tensor, delta: Tensor, slots: int, dq: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of keys and values in lanes, float32 `[B, lanes, Tk, .]`; add those of queries to `dq`.
 
@@ -46,6 +44,7 @@ def key_gradients(
     """
     from longctx.kernels.block_sparse.triton.backward import backward_kernel
 
+    blocks = entry.backward
     batch, lanes, tokens = hop.k.shape[:3]
     tiles, per_lane = batch * lanes * hop.tiles(width), hop.tiles(width)
     dk, dv = (x.new_zeros(tiles, width, x.shape[-1], dtype=torch.float32) for x in (hop.k, hop.v))
@@ -54,7 +53,7 @@ def key_gradients(
     for pairs in hop.pairs(width):
         dqs = dk.new_empty(pairs.count, hop.group, hop.q.shape[-1])
         mine = arguments | pair_arguments(pairs) | {"slots": pairs.slot, "dqs": dqs}
-        for part in launches_of(pairs, TURNS * blocks.queries, heads=hop.group):
+        for part in launches_of(pairs, entry.turns * blocks.queries, heads=hop.group):
             masked = part.masked or width != arguments["BN"]
             dks, dvs = (x.new_empty(len(part.items), *x.shape[1:]) for x in (dk, dv))
             own = {"items": part.items, "MASKED": masked, "dks": dks, "dvs": dvs}

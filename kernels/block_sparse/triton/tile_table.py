@@ -19,11 +19,14 @@ class Entry:
     Attributes:
         forward: its block of keys is a part of a tile of keys.
         backward: its block of keys is the largest tile of keys.
+        turns: blocks of queries that one program of the backward pass goes through. With more there is less to sum, but
+            longer to wait for a tile that everybody sees.
         precision: of matrix products: Triton's `input_precision`.
     """
 
     forward: Blocks
     backward: Blocks
+    turns: int = 16
     precision: str = "ieee"
 
 
