@@ -64,7 +64,7 @@ BOUNDS = (0, 10, 15, 40)
             {"layers": "gdn", "chunk": 64},
             "chunk=64 has no effect: no layer of attention.layers=gdn is softmax",
         ),
-        ({"layers": "gdn", "kernel": "torch"}, "kernels of linear layers are set by mixers.<kind>.kernel"),
+        ({"layers": "gdn", "kernel": "torch"}, "kernels of other layers are set by mixers.<kind>.kernel"),
         ({"layers": "gdn", "backward": "rotate_q"}, "attention.backward=rotate_q has no effect"),
         (
             {"state_passing": "ring"},

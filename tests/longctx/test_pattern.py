@@ -27,7 +27,7 @@ def test_patterns(layers, num_layers, kinds):
         ("gdn*3 + full", 6, "has 4 layers, of which model.num_layers=6 is no multiple: set .* such as 4 or 8"),
         ("lightning*7 + full", 2, "set model.num_layers to one such as 8,"),
         (["gdn", "full"], 3, "names 2 layers, model.num_layers=3"),
-        ("gnd", 2, "'gnd' is no kind of layer; known are full, window, linear, lightning"),
+        ("gnd", 2, "'gnd' is no kind of layer; known are full, window, moba, nsa"),
         (["gdn", "softmax"], 2, "'softmax' is no kind of layer"),
         ("gdn*0", 2, "cannot read 'gdn\\*0'; write kinds with counts >= 1"),
         ("3*gdn", 3, "cannot read '3\\*gdn'"),
