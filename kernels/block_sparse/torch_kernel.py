@@ -196,7 +196,8 @@ class _Hop:
 
     def untiled(self, x: Tensor) -> Tensor:
         """Return the inverse of `tiles`: `[B, lanes, Tk, D]`."""
-        return x.view(self._batch, -1, self._per_lane * self._width, x.shape[-1])[:, :, : self._keys]
+        lanes = self._heads if self.lanes.per_head else self._kv_heads
+        return x.view(self._batch, lanes, self._per_lane * self._width, x.shape[-1])[:, :, : self._keys]
 
     def rows(self, x: Tensor) -> Tensor:
         """Return `x [B, T, H, ...]` as `[B T HS, G, ...]`."""

@@ -123,7 +123,7 @@ class TritonSparseKernel:
             assert dgates is not None
             lse, delta = self._slot_terms(hop, selection, gates, dout, lse, delta, dgates)
         queries = dq.contiguous()
-        width = even(selection.block_size, entry.backward.keys)
+        width = even(selection.block_size, entry.backward.keys, keys=k.shape[1])
         keys, values = key_gradients(
             *(hop, entry, width), dout=dout, lse=lse, delta=delta, slots=selection.slots, dq=queries
         )
@@ -163,4 +163,4 @@ class TritonSparseKernel:
 
 def _forward_width(hop: Hop, selection: Selection) -> int:
     """Return how many keys a tile has: with gates a slot's, which is a block."""
-    return selection.block_size if hop.weights == "gated" else even(selection.block_size, WIDTH)
+    return selection.block_size if hop.weights == "gated" else even(selection.block_size, WIDTH, keys=hop.k.shape[2])

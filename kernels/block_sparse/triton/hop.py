@@ -148,6 +148,10 @@ def pair_arguments(pairs: Pairs) -> dict[str, Tensor]:
     return {"rows": pairs.rows[pairs.place], "numbers": pairs.number, "los": pairs.lo, "his": pairs.hi}
 
 
-def even(size: int, most: int) -> int:
-    """Return the width of tiles that blocks of `size` are cut into, evenly; small blocks share one of up to 16."""
-    return size * (16 // size) if size < 16 else size // cdiv(size, most)
+def even(size: int, most: int, *, keys: int) -> int:
+    """Return the width of tiles that blocks of `size` are cut into, evenly; small blocks share one of up to 16.
+
+    Where there are but a few keys, summaries of blocks for instance, it is no wider than them.
+    """
+    width = size * (16 // size) if size < 16 else size // cdiv(size, most)
+    return min(width, block(keys, most))
