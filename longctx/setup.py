@@ -14,6 +14,7 @@ from longctx.attention_config import DENSE_BESIDE, MASK_KEYS, AttentionConfig
 from longctx.batch import BatchSource
 from longctx.checkpoint.checkpointer import Checkpointer
 from longctx.checkpoint.compare import compare_models
+from longctx.checkpoint.layers import compare_layers, describe_loaded
 from longctx.checkpoint.rng import restore_rng
 from longctx.config import Config
 from longctx.data.batches import grad_accum_steps
@@ -29,7 +30,6 @@ from longctx.kernels.contract import Request
 from longctx.kernels.linear.op import resolve_kernel as resolve_linear_kernel
 from longctx.kernels.softmax.op import resolve_kernel
 from longctx.metrics.flops import gpu_peak
-from longctx.mixers.layers import Layers
 from longctx.mixers.shape import linear_shape
 from longctx.model import ModelConfig
 from longctx.parallel.block_layout import block_layout
@@ -296,20 +296,38 @@ def resume(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any]]:
         raise ValueError(f"checkpoint {path}: extra.json lacks {', '.join(absent)}; set checkpoint.resume to another")
     # A checkpoint from before a key existed means the key's default.
     compare_models({"softcap": None, "sink_logits": False, **saved["model"]}, model_shape(run))
-    layers = saved.get("layers", Layers(kinds=("full",)).arithmetic(run.model.num_heads, run.model.head_size))
-    compare_models(layers, layer_stack(run), prefix="layer stack")
+    change = compare_layers(
+        saved.get("layers", {"attention.layers": None}),
+        saved_kinds(saved, num_layers=run.model.num_layers),
+        run.config.layers,
+        heads=run.model.num_heads,
+        head_dim=run.model.head_size,
+    )
     compare_models(saved["data_order"], data_order(run), prefix="data order")
     changed = mask_changes(saved.get("config", {}).get("attention", {}), run.config.attention)
     if changed:
         run.say(f"note: the checkpoint was trained under another mask: {', '.join(changed)}")
+    if change.words:
+        run.say(f"note: the checkpoint was trained with other layers: {'; '.join(change.words)}")
     state = run.engine.state_dict()
-    checkpointer.load(path, state)
+    loaded = checkpointer.load(path, state, may_lack=change.may_begin)
     run.engine.load_state_dict(state)
+    for line in describe_loaded(loaded):
+        run.say(f"note: {line}")
     step = int(saved["step"])
     rank, world_size = dist.get_rank(), dist.get_world_size()
     restore_rng(path, rank=rank, world_size=world_size, seed=run.config.train.seed, step=step, report=run.say)
     run.say(f"resumed from {path} (step {step}, {saved['samples_seen']} samples seen)")
     return step, saved
+
+
+def saved_kinds(saved: dict[str, Any], *, num_layers: int) -> tuple[str, ...]:
+    """Return the kinds of a checkpoint's layers; an older one has none but those of its config."""
+    if "kinds" in saved:
+        return tuple(saved["kinds"])
+    keys = ("layers", "window", "head_windows")
+    attention = saved.get("config", {}).get("attention", {})
+    return AttentionConfig(**{key: attention[key] for key in keys if key in attention}).kinds(num_layers)
 
 
 def mask_changes(saved: dict[str, Any], attention: AttentionConfig) -> list[str]:

@@ -208,6 +208,7 @@ def save(run: Run, *, checkpointer: Checkpointer, step: int, logger: MetricsLogg
         "lr": lr_at(step - 1, config=config.optim, total_steps=config.train.steps),
         "model": model_shape(run),
         "layers": layer_stack(run),
+        "kinds": list(config.layers.kinds),
         "data_order": data_order(run),
         "config": config.as_dict(),
         "code_version": code_version(),

@@ -18,8 +18,9 @@ from longctx.checkpoint.choose import choose, newest
 from longctx.checkpoint.config import CheckpointConfig
 from longctx.checkpoint.durable import write_synced
 from longctx.checkpoint.failure import by_rank, explain
-from longctx.checkpoint.integrity import content_problem, problem, read_extra
+from longctx.checkpoint.integrity import content_problem, problem, read_extra, stored_shapes
 from longctx.checkpoint.names import EXTRA, WRITING, checkpoints_directory, name_of
+from longctx.checkpoint.partial import Loaded, lacking, leaves
 from longctx.checkpoint.publish import prune, publish, put_back, remove_leftovers
 from longctx.checkpoint.writer import stage, write
 from longctx.parallel.ranks import Ranks
@@ -133,22 +134,36 @@ class Checkpointer:
         """Return the `extra` that a checkpoint was saved with; raise ValueError if it cannot be read."""
         return read_extra(path)
 
-    def load(self, path: Path, tensors: dict[str, Any]) -> None:
+    def load(
+        self, path: Path, tensors: dict[str, Any], *, may_lack: Callable[[str], bool] = lambda name: False
+    ) -> Loaded:
         """Read a checkpoint into a state dict (collective).
 
         Tensors are filled in place, resharded to the mesh that they have now; other objects are replaced in the dict.
 
+        Args:
+            may_lack: tells of a flattened name whether it stays as it is where the checkpoint does not have it, or has
+                it in another shape.
+
         Raises:
-            ValueError: something asked for is not in the checkpoint, has another shape there, or cannot be read; on
-                every rank.
+            ValueError: anything else that is asked for is not in the checkpoint or has another shape there, or
+                something cannot be read; on every rank.
         """
+        wanted = leaves(tensors)
         try:
-            load(tensors, storage_reader=FileSystemReader(path), process_group=self._ranks.group)
-        except CheckpointException as error:
+            stored = self._ranks.from_first(lambda: stored_shapes(path))
+            left = lacking(wanted, stored, may_lack)
+            values = {name: leaf.value for name, leaf in wanted.items() if name not in left}
+            load(values, storage_reader=FileSystemReader(path), process_group=self._ranks.group)
+        except (CheckpointException, ValueError) as error:
+            told = explain(error) if isinstance(error, CheckpointException) else str(error)
             raise ValueError(
-                f"checkpoint {path} cannot be loaded: {explain(error)}; set checkpoint.resume to an older one"
+                f"checkpoint {path} cannot be loaded: {told}; set checkpoint.resume to an older one"
             ) from error
+        for name, value in values.items():
+            wanted[name].holder[wanted[name].key] = value
         self._current = Path(path).absolute()
+        return Loaded(left=left, unused=tuple(name for name in stored if name not in wanted))
 
     def _choose(self) -> Path | None:
         if self._config.resume != "never" and self._folder.is_dir():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from longctx.checkpoint.names import EXTRA, METADATA, REMOVING, REPLACED, WRITING
 
@@ -56,7 +56,16 @@ def read_metadata(path: Path) -> Metadata:
 
 def stored_keys(path: Path) -> frozenset[str]:
     """Return the flattened names ("model.embed.weight") of everything that a checkpoint stores."""
-    return frozenset(read_metadata(path).state_dict_metadata)
+    return frozenset(stored_shapes(path))
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...] | None]:
+    """Return the shape of every tensor that a checkpoint stores, None for other objects, by flattened name."""
+    return {name: _shape(stored) for name, stored in read_metadata(path).state_dict_metadata.items()}
+
+
+def _shape(stored: TensorStorageMetadata | BytesStorageMetadata) -> tuple[int, ...] | None:
+    return tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else None
 
 
 def problem(path: Path) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -110,16 +110,19 @@ class NativeEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """Return model and optimizer state for torch DCP, keyed by parameter names: the same under any mesh."""
+        begins = not self.optimizer.state
         model, optimizer = get_state_dict(self.model, self.optimizer)
+        if begins:  # torch has made the state by a step of size 0: the one that is counted is still to come
+            for each in self.optimizer.state.values():
+                each["step"].zero_()
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the state back after DCP filled it in."""
-        configured = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        # A checkpoint brings its own betas, eps and weight decay; those of the config count.
-        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
-            group.update(settings)
+        # A checkpoint brings its own groups of parameters, with betas, eps and weight decay; those of the config count.
+        groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
+        optimizer = {"state": state["optimizer"]["state"], "param_groups": groups}
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
 
     @property
     def _fsdp(self) -> FSDPModule:
