@@ -26,7 +26,7 @@ from longctx.parallel.mesh import (
 from longctx.parallel.ranks import Ranks
 from longctx.parallel.transport import ProcessGroupTransport
 from longctx.planner import choose, label
-from longctx.setup import check_kernel, check_world, layer_shape, speeds
+from longctx.setup import check_blocks, check_kernel, check_world, layer_shape, speeds
 from longctx.simulated import simulated_degrees
 from longctx.verification.attend import kernel_name
 from longctx.verification.bench import Bench, RealRanks, SimulatedRanks
@@ -39,10 +39,15 @@ from longctx.verification.check_linear_leaks import check_linear_leaks
 from longctx.verification.check_model import check_model, check_model_leaks
 from longctx.verification.check_moves import check_convolution, check_relayouts
 from longctx.verification.check_plan import check_plan
+from longctx.verification.check_sparse import check_sparse
+from longctx.verification.check_sparse_dtype import check_sparse_dtype
+from longctx.verification.check_sparse_leaks import check_sparse_leaks
 from longctx.verification.check_traffic import check_traffic
 from longctx.verification.recur import kernel_of, shape_of
 from longctx.verification.report import WIDTH, Finding, Table, everywhere, raised
 from longctx.verification.small import Small, shrink, typical_documents
+from longctx.verification.sparse_layer import settings_of, sparse_kernel
+from longctx.verification.truth_sparse import causal
 
 PATIENCE = timedelta(minutes=5)
 NO_MESSAGE = "no message came"
@@ -80,16 +85,21 @@ def check_groups(small: Small, bench: Bench) -> list[Group]:
         told = (
             [] if small.attention.layers is None else [(f"layers of kind {kind}", partial(_told, small, bench, kind))]
         )
-        linear = kind in small.layers.linear_kinds
-        groups += [
-            *told,
-            *(_linear_groups(small, bench, kind) if linear else _softmax_groups(small.of_kind(kind), bench)),
-        ]
+        groups += [*told, *_groups_of_kind(small, bench, kind)]
     if len(set(small.layouts)) > 1:
         groups.append(("relayout", lambda: check_relayouts(small, bench)))
     groups.append(("decoder", lambda: check_model(small, bench)))
     groups.append(("decoder: leak probes", lambda: [check_model_leaks(small, bench)]))
     return groups
+
+
+def _groups_of_kind(small: Small, bench: Bench, kind: str) -> list[Group]:
+    """Return the checks of layers of one kind."""
+    if kind in small.layers.linear_kinds:
+        return _linear_groups(small, bench, kind)
+    if kind in small.layers.sparse_kinds:
+        return _sparse_groups(small, bench, kind)
+    return _softmax_groups(small.of_kind(kind), bench)
 
 
 def _softmax_groups(small: Small, bench: Bench) -> list[Group]:
@@ -125,13 +135,25 @@ def _linear_groups(small: Small, bench: Bench, kind: str) -> list[Group]:
     return groups
 
 
+def _sparse_groups(small: Small, bench: Bench, kind: str) -> list[Group]:
+    """Return the checks of layers of a sparse kind."""
+    return [
+        (f"{kind}: in float64", lambda: check_sparse(small, bench, kind)),
+        (f"{kind}: leak probes", lambda: check_sparse_leaks(small, bench, kind)),
+        (f"{kind}: as configured", lambda: check_sparse_dtype(small, bench, kind)),
+    ]
+
+
 def _told(small: Small, bench: Bench, kind: str) -> list[Finding]:
     """Say which kernel computes a kind as it is configured."""
     if kind in small.layers.linear_kinds:
         kernel = kernel_of(shape_of(small, kind, configured=True), device=bench.device, dtype=small.dtype)
     else:
         head_dim = small.source.model.head_size
-        kernel = kernel_name(small.of_kind(kind), device=bench.device, dtype=small.dtype, head_dim=head_dim)
+        if kind in small.layers.sparse_kinds:
+            kernel = sparse_kernel(small, kind, device=bench.device, dtype=small.dtype, head_dim=head_dim)
+        else:
+            kernel = kernel_name(small.of_kind(kind), device=bench.device, dtype=small.dtype, head_dim=head_dim)
     kinds = small.source.layers.kinds
     measured = f"{kinds.count(kind)} of {len(kinds)} layers"
     return [Finding(name=f"layers of kind {kind}", measured=measured, passed=None, kernel=kernel)]
@@ -141,6 +163,7 @@ def _on_simulated_ranks(config: Config, tokens: int | None) -> int:
     degrees, per_machine = simulated_degrees(config)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     check_kernel(config, device_type=device.type)
+    check_blocks(config, cp=degrees.cp)
     table = Table(sys.stdout)
     config = _without_auto(config, degrees=degrees, per_machine=per_machine, device=device, say=table.say)
     small = shrink(config, cp=degrees.cp, per_machine=per_machine, tokens_per_rank=tokens)
@@ -243,6 +266,9 @@ def _announce(table: Table, small: Small, ranks: str) -> None:
     )
     if small.layers.linear:
         factors.append(f"linear layers: {small.states.describe()} x {small.passing.name}")
+    if small.layers.sparse:
+        moves = f"{small.layout.describe()} x {small.schedule.name} x K/V by {attention.kv_moves}"
+        factors.append(f"sparse layers: {moves} x ({', '.join(small.layers.sparse_kinds)})")
     title = f"longctx verify: {'; '.join(factors)}"
     table.say(textwrap.fill(title, WIDTH, subsequent_indent=" " * 16))
     table.note("ranks", ranks)
@@ -256,6 +282,10 @@ def _announce(table: Table, small: Small, ranks: str) -> None:
     if attention.layers is not None:
         configured = describe_layers(small.source.layers.kinds)
         table.note("layers", f"{describe_layers(small.layers.kinds)} (configured: {configured})")
+    for kind in small.layers.sparse_kinds:
+        if not causal(settings_of(small, kind)):
+            text = f"mixers.{kind}.selection=expert looks at later tokens: its leak probes look at documents only"
+            table.note("note", text)
     for text in small.scaled:
         table.note("scaled", text)
     table.header()

@@ -37,7 +37,7 @@ def check_engine(small: Small, transport: Transport, *, degrees: Degrees, device
         for name, parameter in model.named_parameters():
             weight = initial_weight(name, parameter.shape, config=small.model, seed=config.train.seed)
             parameter.copy_(weight)
-    loss, grads = dense_loss_and_grads(small, model)
+    loss, _, grads = dense_loss_and_grads(small, model)  # what layers add is minimised, and not told
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads))
     labels = degrees.dp * sum(int((each >= 0).sum()) for each in small.labels)
     why = f"engine.parameters={config.engine.parameters} over {degrees}: is a sum over ranks a mean, or missing?"

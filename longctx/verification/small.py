@@ -30,6 +30,7 @@ from longctx.parallel.state_passing import StatePassing, resolve_passing
 from longctx.stack import stack_shape
 from longctx.stack_traffic import choose_state_layout
 from longctx.verification import truth
+from longctx.verification.small_sparse import fit_blocks, small_sparse, whole_block
 
 TOKENS_PER_RANK = 67  # odd: zigzag halves and stripes of any width have a remainder
 # A rank has more than one block of rows of a document, as kernels cut windowed tiles into blocks.
@@ -147,8 +148,15 @@ def shrink(config: Config, *, cp: int, per_machine: int, tokens_per_rank: int | 
     n = tokens_per_rank or (TOKENS_WITH_WINDOW if windowed else TOKENS_PER_RANK)
     while tokens_per_rank is None and n > LEAST_TOKENS and heads * (n * cp) ** 2 > _SCORES:
         n -= 2
+    n, block = fit_blocks(config, n, given=tokens_per_rank is not None)
     total = n * cp
-    attention, scaled = _small_attention(config.attention, total=total, shard=n, seq_len=config.data.seq_len)
+    attention, scaled = _small_attention(
+        config.attention,
+        total=total,
+        shard=n,
+        seq_len=config.data.seq_len,
+        whole=whole_block(config, block=block),
+    )
     lengths = _document_lengths(total)
     kinds = small_kinds(config.layers.kinds)
     model = dataclasses.replace(
@@ -161,7 +169,7 @@ def shrink(config: Config, *, cp: int, per_machine: int, tokens_per_rank: int | 
     )
     layout = attention.make_layout(cp)
     layout.check_total(total)
-    layers, kernels = _small_layers(config, kinds, total=total)
+    layers, kernels = _small_layers(config, kinds, total=total, block=block)
     if attention.kernel in ("triton", "flash_attn"):
         kernels.append(f"attention.kernel {attention.kernel} -> auto in float64")
         attention = dataclasses.replace(attention, kernel="auto")
@@ -199,9 +207,9 @@ def small_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
     return tuple(short[: last + 2])
 
 
-def _small_layers(config: Config, kinds: tuple[str, ...], *, total: int) -> tuple[Layers, list[str]]:
-    """Return the layers with small heads, and what was scaled in words."""
-    mixers, scaled = config.mixers, []
+def _small_layers(config: Config, kinds: tuple[str, ...], *, total: int, block: int) -> tuple[Layers, list[str]]:
+    """Return the layers with small heads and small blocks, and what was scaled in words."""
+    mixers, scaled = small_sparse(config, block=block, total=total)
     for kind in Layers(kinds=kinds).linear_kinds:
         given = mixers.linear_kind(kind)
         limits = {"head_dim": HEAD_DIM, "v_head_dim": 2 * HEAD_DIM, "features": 2 * HEAD_DIM}
@@ -231,9 +239,13 @@ def _state_layout(config: Config, *, cp: int) -> str:
 
 
 def _small_attention(
-    config: AttentionConfig, *, total: int, shard: int, seq_len: int
+    config: AttentionConfig, *, total: int, shard: int, seq_len: int, whole: int
 ) -> tuple[AttentionConfig, list[str]]:
-    """Scale lengths that would not cut inside the longest document as the sequence is scaled, and say so."""
+    """Scale lengths that would not cut inside the longest document as the sequence is scaled, and say so.
+
+    Args:
+        whole: of how many tokens stripes are multiples.
+    """
     longest = max(total // 2, 2)
 
     def length(value: int, limit: int) -> int:
@@ -248,7 +260,7 @@ def _small_attention(
     if config.head_windows is not None:
         changes["head_windows"] = [None if w is None else length(w, longest // 2) for w in config.head_windows]
     changes["sinks"] = min(config.sinks, max(shard // 8, 1))
-    changes["width"] = min(config.width, max(shard // 3, 1))
+    changes["width"] = max(min(config.width, max(shard // 3, 1)) // whole, 1) * whole if config.width > 1 else 1
     small = dataclasses.replace(config, **changes)
     differs = [key for key in changes if getattr(small, key) != getattr(config, key)]
     return small, [f"attention.{key} {getattr(config, key)} -> {getattr(small, key)}" for key in differs]
