@@ -105,7 +105,8 @@ class AttentionConfig:
         if self.layers is not None and self.windowed != ("window" in kinds):
             key = "attention.window" if self.head_windows is None else "attention.head_windows"
             raise ValueError(
-                f"{key} is that of layers of kind window, of which attention.layers={self.layers} names none"
+                f"{key} is that of layers of kind window, of which attention.layers={self.layers} names none: leave it "
+                "null, or name some"
                 if self.windowed
                 else f"attention.layers={self.layers} names layers of kind window: set attention.window"
             )
@@ -154,9 +155,10 @@ class AttentionConfig:
         for key in keys:
             if (value := getattr(self, key)) != getattr(default, key):
                 hint = "; kernels of other layers are set by mixers.<kind>.kernel" if key == "kernel" else ""
+                leave = "null" if getattr(default, key) is None else getattr(default, key)
                 raise ValueError(
                     f"attention.{key}={value} has no effect: no layer of attention.layers={self.layers or 'null'} is "
-                    f"{what}{hint}"
+                    f"{what}; leave it {leave}{hint}"
                 )
 
     def _validate_mask(self) -> None:

@@ -113,8 +113,11 @@ class Config:
                 )
             # What only building it finds out, such as heads that do not fit.
             sizes = Sizes(model.dim, model.num_heads, model.num_kv_heads, model.head_size, 0, model.num_layers)
-            with torch.device("meta"):
-                settings.make(sizes)
+            try:
+                with torch.device("meta"):
+                    settings.make(sizes)
+            except ValueError as error:
+                raise ValueError(f"layers of kind {kind} cannot be built: mixers.{kind}: {error}") from error
 
     @property
     def layers(self) -> Layers:
