@@ -49,10 +49,11 @@ CASES = covering(
         "heads": ((2, 2), (4, 2), (3, 1)),
         "own_heads": (False, True),
         "dims": ((16, 16), (24, 40), (80, 17)),
-        "block_size": (5, 16, 64),
+        "block_size": (5, 16, 32),
         "softcap": (None, 2.0),
         "parts": ("whole", "stripes"),
-        "tokens": (29, 36),
+        "tokens": (21, 35),
+        "rows": ((1, 1), (2, 1), (2, 2)),
     },
     legal=legal,
 )
@@ -60,14 +61,16 @@ CASES = covering(
 
 def drawn(case: Case) -> Problem:
     heads, kv_heads = case["heads"]
+    batch, rows = case["rows"]
     make = blocks if case["pattern"] == "blocks" else classes
     selection = make(
-        case["tokens"], heads=heads if case["own_heads"] else kv_heads, rows=1, block_size=case["block_size"]
+        case["tokens"], heads=heads if case["own_heads"] else kv_heads, rows=rows, block_size=case["block_size"]
     )
     return problem(
         selection,
         heads=heads,
         kv_heads=kv_heads,
+        batch=batch,
         dims=case["dims"],
         weights=case["weights"],
         softcap=case["softcap"],
@@ -222,6 +225,19 @@ def test_what_is_hidden_is_not_computed_with(interpreter: Worker) -> None:
     out, lse, dq, dk, dv = interpreter.run(hidden)
     assert all(torch.isfinite(x).all() for x in (out, dq, dk, dv)) and not torch.isnan(lse).any()
     assert (dk[:, 19:] == 0).all() and (dv[:, 19:] == 0).all()
+
+
+def far_below_zero() -> list[Tensor]:
+    """Scores of -283, in tiles of 15 keys: where a block of 16 has no key, a score of 0 would be exp(283) too much."""
+    given = problem(everything(45, heads=1, block_size=15), heads=2, kv_heads=1, dtype=torch.float32)
+    given.q.fill_(10)
+    given.k.fill_(-10)
+    return run(TritonSparseKernel(tiles=small_blocks()), given)
+
+
+def test_scores_far_below_zero(interpreter: Worker) -> None:
+    out, lse, *grads = interpreter.run(far_below_zero)
+    assert all(torch.isfinite(x).all() for x in (out, lse, *grads)) and lse.max() < -200
 
 
 def no_keys() -> bool:
