@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 
 import torch
 
@@ -12,14 +13,17 @@ from longctx.config import Config, load_config
 from longctx.data.prepare import prepare
 from longctx.engines.engine import DTYPES
 from longctx.kernels.mask import HeadMasks, Mask
+from longctx.mixers.sparse.seer import SeerConfig
 from longctx.parallel.balance import balance_of, describe
 from longctx.parallel.cost import traffic
 from longctx.parallel.mesh import Degrees
 from longctx.parallel.plan import Plan, plan
 from longctx.parallel.schedule import Shape
 from longctx.setup import (
+    check_blocks,
     check_linear_kernel,
     check_softmax_kernel,
+    check_sparse_kernel,
     choose_attention,
     heads,
     layer_shape,
@@ -27,11 +31,20 @@ from longctx.setup import (
     with_vocabulary,
 )
 from longctx.simulated import simulated_degrees
+from longctx.sparse_traffic import summaries
 from longctx.stack import describe_linear, stack_shape
 from longctx.stack_traffic import choose_state_layout
 
 MANY_RANKS, MANY_HOPS = 16, 8  # what a table shows
 ON_ANY_DEVICE = ("torch", "reference")  # kernels whose limits are the same on the machine that a plan is for
+AROUND = ("rope", "gate", "kernel")  # settings of a sparse kind that say nothing of what it selects
+MOVED = {
+    "auto": "what is selected decides, in every layer and step, between the selected blocks alone and the schedule "
+    "without what nobody selected",
+    "hops": "on the schedule, without what nobody selected",
+    "blocks": "the selected blocks alone, straight from their owners",
+    "all": "as of dense attention, whatever is selected",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,11 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind in config.layers.linear_kinds:
             if config.mixers.linear_kind(kind).kernel in ON_ANY_DEVICE:
                 check_linear_kernel(config, kind, device_type="cpu")
+        for kind in config.layers.sparse_kinds:
+            if config.mixers.sparse_kind(kind).kernel in ON_ANY_DEVICE:
+                check_sparse_kernel(config, kind, device_type="cpu")
         if config.layers.softmax and config.attention.kernel in ON_ANY_DEVICE:
             check_softmax_kernel(config, device_type="cpu")
         elif config.layers.softmax and config.attention.kernel == "triton" and find_spec("triton"):
             check_softmax_kernel(config, device_type="cuda")  # of what it takes there
         degrees, per_machine = simulated_degrees(config, per_machine=per_machine)
+        check_blocks(config, cp=degrees.cp)
         show(config, degrees=degrees, per_machine=per_machine)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,6 +92,9 @@ def show(config: Config, *, degrees: Degrees, per_machine: int) -> None:
         told = describe(first.layout, [mask], first.schedule, total=total, shape=shape)
         print(f"plan{where}: {told}; kernel {config.attention.kernel}")
         print("\n".join(table(plans, shape)))
+    bounds = stream.sample(0).cu_seqlens if config.attention.documents else (0, total)
+    for kind in config.layers.sparse_kinds:
+        print("\n".join(sparse_lines(config, kind, bounds, degrees=degrees, per_machine=per_machine)))
     stack = stack_shape(
         config.attention,
         layers=config.layers,
@@ -85,6 +105,39 @@ def show(config: Config, *, degrees: Degrees, per_machine: int) -> None:
     )
     for line in describe_linear(stack, states=choose_state_layout(stack, config.attention.state_layout)):
         print(line)
+
+
+def sparse_lines(config: Config, kind: str, bounds: Sequence[int], *, degrees: Degrees, per_machine: int) -> list[str]:
+    """Return what is known of a sparse kind before anything is selected: its settings, pairs, and what routing sends.
+
+    Args:
+        bounds: where the documents of a sequence begin, and its end.
+    """
+    model, total, cp = config.model, config.data.seq_len, degrees.cp
+    settings = config.mixers.sparse_kind(kind).of_model(heads=model.num_heads, kv_heads=model.num_kv_heads)
+    shown = {key: "null" if value is None else value for key, value in vars(settings).items() if key not in AROUND}
+    words = ", ".join(f"{key} {value}" for key, value in shown.items())
+    schedule = config.attention.make_schedule(cp, **heads(config), per_machine=per_machine)
+    where = f"{config.attention.make_layout(cp).describe()} x {schedule.name}, cp={cp}, {total:,} tokens"
+    lines = [f"plan of {kind} layers: {where}; kernel {settings.kernel}; {words}"]
+    lengths = [(begin, end - begin) for begin, end in pairwise(bounds)]
+    pairs, causal = sum(settings.pairs(*each) for each in lengths), sum(n * (n + 1) // 2 for _, n in lengths)
+    lines.append(f"  pairs: about {pairs:,} for each head, {pairs / causal:.1%} of causal ones")
+    if cp == 1:
+        return lines
+    told = summaries(
+        settings,
+        tokens=total // cp,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_size,
+        dtype=DTYPES[config.engine.dtype],
+    )
+    if told.what:
+        forward, backward = ((cp - 1) * each / 1e3 for each in (told.forward, told.backward))
+        lines.append(f"  routing: a rank sends {told.what}: {forward:,.1f} kB forward, {backward:,.1f} kB backward")
+    moves = config.attention.kv_moves
+    dense = isinstance(settings, SeerConfig) and settings.mode == "distill"
+    return [*lines, f"  K/V: {'as of dense attention' if dense else f'{MOVED[moves]} (attention.kv_moves={moves})'}"]
 
 
 def table(plans: Sequence[Plan], shape: Shape) -> list[str]:

@@ -138,9 +138,10 @@ def _kv(small: Small, kind: str, ours: LayerOutcome) -> list[Finding]:
     sent = whole = cost = 0
     ways = set()
     for rank in range(small.cp):
-        before, _, after = ours.marks[rank]
-        rest = due[rank].bytes - sum(call.moved(rank).bytes for call in calls)
-        sent += after.bytes - before.bytes - rest
+        _, middle, after = ours.marks[rank]
+        forward = sum(call.notes[rank].sent - (call.agreed(rank) + call.shared(rank)).forward.bytes for call in calls)
+        others = due[rank].backward.bytes - sum(call.moved(rank).backward.bytes for call in calls)
+        sent += forward + after.bytes - middle.bytes - others
     for member in range(calls[0].teams.size):
         for call in calls:
             rows, costs, way = call.notes[0].sizes["q"][0][0], call.costs(member), call.way(member)

@@ -138,8 +138,9 @@ def _small(given: SparseMixerConfig, scale: Scale) -> SparseMixerConfig:
         case NeighborhoodConfig():
             changes = _small_neighborhood(given, scale)
         case VerticalSlashConfig():
-            changes = {key: _small_offsets(getattr(given, key), scale) for key in ("vertical", "slash")}
-            changes["window"] = scale.length(given.window)
+            window = scale.length(given.window)
+            changes = {"window": window, "vertical": _small_offsets(given.vertical, scale, least=0)}
+            changes["slash"] = _small_offsets(given.slash, scale, least=window)
         case _:
             raise AssertionError(given)
     return dataclasses.replace(given, **changes)
@@ -162,13 +163,18 @@ def _small_nsa(given: NsaConfig, scale: Scale) -> dict[str, int]:
 def _small_neighborhood(given: NeighborhoodConfig, scale: Scale) -> dict[str, int]:
     window = scale.length(given.window)
     dilation = min(given.dilation, max(scale.longest // (2 * window), 1))
-    return {"window": window, "stride": max(given.stride * window // given.window, 1), "dilation": dilation}
+    stride = max(given.stride * window // given.window, min(given.stride, 2, window))
+    return {"window": window, "stride": stride, "dilation": dilation}
 
 
-def _small_offsets(offsets: tuple[int, ...], scale: Scale) -> tuple[int, ...]:
-    """Return offsets inside of the longest document, as many as stay different."""
+def _small_offsets(offsets: tuple[int, ...], scale: Scale, *, least: int) -> tuple[int, ...]:
+    """Return offsets inside of the longest document, as many as stay different; scaled ones not below `least`."""
     far = scale.longest // 2
-    return tuple(sorted({each if each <= far else min(each * scale.total // scale.seq_len, far) for each in offsets}))
+    small = []
+    for number, each in enumerate(sorted(offsets)):
+        scaled = max(each * scale.total // scale.seq_len, least + 2 * number)
+        small.append(each if each <= far else min(scaled, far))
+    return tuple(sorted(set(small)))
 
 
 def _words(value: object) -> str:

@@ -38,11 +38,6 @@ class Pass:
     forward: Sent
     backward: Sent
 
-    @property
-    def bytes(self) -> int:
-        """Return the bytes of both passes, to all peers."""
-        return self.forward.bytes + self.backward.bytes
-
     def __add__(self, other: "Pass") -> "Pass":
         return Pass(_plus(self.forward, other.forward), _plus(self.backward, other.backward))
 

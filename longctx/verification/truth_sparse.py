@@ -38,7 +38,8 @@ def static_pairs(settings: SparseMixerConfig, documents: Tensor, *, heads: int, 
     seen = [_sees(settings, i, j, head, heads, kv_heads) for head in range(heads)]
     if any(each is None for each in seen):
         return None
-    return torch.stack([each for each in seen if each is not None]) & inside(documents)
+    within = inside(documents)
+    return torch.stack([each & within for each in seen if each is not None])
 
 
 def reach(settings: SparseMixerConfig, documents: Tensor, *, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:

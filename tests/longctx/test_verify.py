@@ -208,7 +208,7 @@ def test_missing_messages_end_the_table(capsys, monkeypatch):
     assert "the other checks are not made" in text
 
 
-def verify_on_a_rank(rank, world_size, group, overrides, bug=None):
+def verify_on_a_rank(rank, world_size, group, overrides, bug=None, tokens=15):
     """Verify on a pooled rank; return status and text."""
     with pytest.MonkeyPatch.context() as patch:
         if bug is not None:
@@ -217,7 +217,7 @@ def verify_on_a_rank(rank, world_size, group, overrides, bug=None):
         degrees = check_world(config, world_size=world_size, per_machine=world_size)
         out = io.StringIO()
         status = verify.verify_ranks(
-            config, degrees=degrees, per_machine=world_size, device=torch.device("cpu"), tokens=15, out=out
+            config, degrees=degrees, per_machine=world_size, device=torch.device("cpu"), tokens=tokens, out=out
         )
         return status, out.getvalue()
 
