@@ -72,6 +72,25 @@ def test_a_hybrid_stack(tmp_path, capsys):
     assert "mixers.gdn.kernel=torch, mixers.gdn.chunk_size=48: " in capsys.readouterr().err
 
 
+def test_sparse_layers(tmp_path, capsys):
+    """What is known before anything is selected: settings, pairs, what routing tells, how K/V move."""
+    data = ["data=txt", f"data.path={write_corpus(tmp_path / 'text')}", f"data.cache_dir={tmp_path / 'cache'}"]
+    run = [*data, "data.seq_len=512", "parallel.cp=4"]
+    assert main([*run, "attention=moba", "mixers.moba.block_size=32", "attention.documents=false"]) == 0
+    told = capsys.readouterr().out
+    assert "plan of moba layers: zigzag x ring, cp=4, 512 tokens; kernel auto; block_size 32, topk 3" in told
+    pairs = 16 * (32 * 33 // 2) + 32 * 32 * (1 + 2 * 14)
+    assert f"pairs: about {pairs:,} for each head, {pairs / (512 * 513 // 2):.1%} of causal ones" in told
+    sent = 4 * 2 * 32 * 4 * 3 / 1e3  # blocks of a rank, KV heads, head dim, bytes, other ranks
+    assert f"routing: a rank sends means of blocks' keys: {sent:.1f} kB forward, 0.0 kB backward" in told
+    assert "K/V: what is selected decides" in told and "(attention.kv_moves=auto)" in told
+    assert main([*run, "attention=s2", "attention.kv_moves=blocks"]) == 0
+    told = capsys.readouterr().out
+    assert "routing" not in told and "K/V: the selected blocks alone" in told
+    assert main([*run, "attention=moba"]) == 2
+    assert "mixers.moba.block_size=512 at parallel.cp=4: zigzag cuts blocks" in capsys.readouterr().err
+
+
 def test_a_kernel_that_no_machine_takes_is_refused(capsys):
     pytest.importorskip("triton")
     assert main(["attention.kernel=triton", "engine.dtype=float64", "parallel.cp=2"]) == 2
