@@ -1,7 +1,7 @@
 """Blocks of the kernels of sparse attention, by architecture, bits of the inputs and class of head dims.
 
-Every line has been compiled for its architecture (`benchmarks/compile_report.py`): nothing spills for 16-bit inputs; of the
-products of float32, which no matrix unit makes, two kernels spill 8 bytes per thread.
+Every line has been compiled for its architecture (`benchmarks/compile_report.py`): nothing spills for 16-bit inputs.
+Two kernels for float32, whose products no matrix unit makes, spill 8 bytes per thread.
 """
 
 from collections.abc import Mapping
