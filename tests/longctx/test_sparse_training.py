@@ -50,20 +50,23 @@ RUNS = [
     ("moba", 2, "attention=ring attention.kv_moves=hops engine.parameters=shard"),
     ("seer", 4, "attention=ulysses parallel.cp=2"),
 ]
-BLOCKED = ("moba", "nsa", "distill", "seer", "sla")  # whose blocks no layout may cut
-SLOW_RUNS = [
-    *((name, 4, "attention=ring") for name in STACKS),
-    *((name, 4, "attention=ulysses") for name in STACKS),
-    *((name, 2, "attention=all_gather attention.layout=zigzag attention.kv_moves=all") for name in STACKS),
-    *((name, 4, "attention=zigzag attention.kv_moves=blocks") for name in STACKS),
-    *((name, 2, "attention=striped attention.width=16 attention.kv_moves=blocks") for name in BLOCKED),
-    *((name, 4, "attention=striped attention.kv_moves=hops") for name in ("routing", "static", "heads")),
-    *((name, 4, "attention=zigzag parallel.cp=2 engine.parameters=shard") for name in STACKS),
-    *((name, 2, "attention=local train.micro_batch=1") for name in ("many", "more")),
-    *((name, 4, "attention=usp attention.ulysses=2") for name in ("many", "more")),
-    *((name, 4, "attention=double_ring attention.layout=zigzag attention.inner=2") for name in ("many", "more")),
-    *((name, 2, "attention=zigzag train.micro_batch=2") for name in ("many", "more")),
+MESHES = [
+    (4, "attention=ring"),
+    (4, "attention=ulysses attention.kv_moves=hops"),
+    (2, "attention=all_gather attention.layout=zigzag attention.kv_moves=all"),
+    (4, "attention=zigzag attention.kv_moves=blocks"),
+    (2, "attention=striped attention.width=16 attention.kv_moves=blocks"),
+    (4, "attention=striped attention.width=16 attention.schedule=all_gather attention.gather_heads=2"),
+    (4, "attention=zigzag parallel.cp=2 engine.parameters=shard"),
+    (4, "attention=usp attention.ulysses=2 attention.layout=zigzag"),
+    (2, "attention=zigzag train.micro_batch=2"),
+    (4, "attention=double_ring attention.layout=zigzag attention.inner=2"),
+    (2, "attention=local"),
 ]
+# Every stack on three meshes, every mesh with three stacks or more.
+SLOW_RUNS = [
+    (name, *MESHES[(index + step) % len(MESHES)]) for index, name in enumerate(STACKS) for step in (0, 3, 7)
+] + [(name, 4, "attention=striped attention.kv_moves=hops") for name in ("routing", "static", "heads")]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,7 @@ def reference(gloo_pool, corpus, tmp_path_factory):
     ("name", "world_size", "extra", "dtype", "tolerance"),
     [(*each, "float64", 1e-10) for each in RUNS]
     + [pytest.param(*each, "float64", 1e-10, marks=pytest.mark.slow) for each in SLOW_RUNS]
-    + [pytest.param(*each, "float32", 1e-4, marks=pytest.mark.slow) for each in RUNS + SLOW_RUNS],
+    + [pytest.param(*each, "float32", 1e-4, marks=pytest.mark.slow) for each in RUNS + SLOW_RUNS[::4]],
     ids=str,
 )
 def test_same_losses(gloo_pool, reference, corpus, tmp_path, name, world_size, extra, dtype, tolerance):
@@ -108,3 +111,14 @@ def test_same_losses(gloo_pool, reference, corpus, tmp_path, name, world_size, e
     assert 5.2 < want[0] < 6.2 and want[9] < want[0] - 0.5  # it starts near log(257) and learns
     for ours, theirs in zip(got, want, strict=True):
         assert abs(ours - theirs) <= tolerance * abs(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["many", "more"])
+def test_same_losses_without_documents(gloo_pool, reference, corpus, tmp_path, name):
+    whole = "attention.documents=false"
+    want = run(gloo_pool, 1, corpus, tmp_path / "one", "attention=ring", STACKS[name], whole, "engine.dtype=float64")
+    got = run(gloo_pool, 4, corpus, tmp_path / "four", "attention=zigzag", STACKS[name], whole, "engine.dtype=float64")
+    for ours, theirs, packed in zip(got, want, reference(name, "float64"), strict=True):
+        assert abs(ours - theirs) <= 1e-10 * abs(theirs)
+        assert abs(ours - packed) > 1e-6
