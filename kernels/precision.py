@@ -20,3 +20,21 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def in_full_float32(function: Callable[P, R]) -> Callable[P, R]:
+    """Run with float32 matrix products in float32, whatever `torch.set_float32_matmul_precision` allows: TF32 keeps 11
+    digits of 24, in which other blocks are the best."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        before = torch.get_float32_matmul_precision()
+        if before == "highest":
+            return function(*args, **kwargs)
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run

@@ -10,7 +10,7 @@ from torch import Tensor
 from longctx.kernels.mask import HeadMasks, Mask, causal, chunked, documents, full, per_head, prefix_lm, sliding_window
 from longctx.kernels.softmax.op import KERNELS
 from longctx.loss import IGNORED
-from longctx.mixers.pattern import LINEAR_KINDS, SOFTMAX_KINDS, SPARSE_KINDS, parse_layers, parse_round
+from longctx.mixers.pattern import LINEAR_KINDS, SPARSE_KINDS, parse_layers, parse_round
 from longctx.parallel.layout import Layout, LayoutName
 from longctx.parallel.registry import ScheduleOptions, check_schedule, resolve_schedule
 from longctx.parallel.schedule import Schedule
@@ -19,7 +19,6 @@ from longctx.sparse_moves import MOVES
 
 STATE_LAYOUTS = ("same", "contiguous", "zigzag")
 LEAST_STRIPE = 16  # tokens of the narrowest stripes between which states are passed: each has a state of its own
-DENSE_BESIDE = ("nsa", "seer")  # sparse kinds with attention under a mask inside: a window, what is distilled
 MASK_KEYS = ("documents", "window", "head_windows", "sinks", "chunk", "prefix")  # who sees whom
 
 
@@ -146,9 +145,10 @@ class AttentionConfig:
                     f"attention.{key}=auto is predicted from masks, which do not say what layers of kind "
                     f"{', '.join(sparse)} select: name a {key}"
                 )
-        if not kinds.intersection(SOFTMAX_KINDS):
-            keys = ("backward",) if kinds.intersection(DENSE_BESIDE) else ("backward", "kernel")
-            self._refuse_without("attention under a mask", keys)
+
+    def refuse_dense(self) -> None:
+        """Refuse settings of attention under a mask, where no layer has any (ValueError)."""
+        self._refuse_without("attention under a mask", ("backward", "kernel"))
 
     def _refuse_without(self, what: str, keys: Sequence[str]) -> None:
         default = AttentionConfig()

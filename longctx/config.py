@@ -104,6 +104,8 @@ class Config:
 
     def _validate_sparse(self) -> None:
         model = self.model
+        if self.layers.sparse and not self.layers.masked:
+            self.attention.refuse_dense()
         for kind in self.layers.sparse_kinds:
             settings = self.mixers.sparse_kind(kind)
             if model.sink_logits and not settings.takes_sinks:
@@ -112,7 +114,7 @@ class Config:
                     "softmax: set it to false"
                 )
             # What only building it finds out, such as heads that do not fit.
-            sizes = Sizes(model.dim, model.num_heads, model.num_kv_heads, model.head_size, 0, model.num_layers)
+            sizes = Sizes(model.dim, model.num_heads, model.num_kv_heads, model.head_size)
             try:
                 with torch.device("meta"):
                     settings.make(sizes)

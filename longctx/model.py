@@ -104,10 +104,8 @@ class ModelConfig:
 class SelfAttention(nn.Module):
     """Projections, optional QK norm, RoPE and output gate around somebody else's attention."""
 
-    def __init__(
-        self, config: ModelConfig, settings: SoftmaxMixerConfig, *, layer: int = 0, num_layers: int = 1
-    ) -> None:
-        """Build layer `layer` of `num_layers`, counted from 0; sparse attention has a mixer that selects."""
+    def __init__(self, config: ModelConfig, settings: SoftmaxMixerConfig) -> None:
+        """Build it; sparse attention has a mixer that selects."""
         super().__init__()
         self.head_size = config.head_size
         self.q_proj = nn.Linear(config.dim, config.num_heads * self.head_size, bias=False)
@@ -123,7 +121,7 @@ class SelfAttention(nn.Module):
         self.rope_dim = self.head_size if settings.rope else None
         self.sparse: SparseMixer | None = None
         if isinstance(settings, SparseMixerConfig):
-            sizes = Sizes(config.dim, config.num_heads, config.num_kv_heads, self.head_size, layer, num_layers)
+            sizes = Sizes(config.dim, config.num_heads, config.num_kv_heads, self.head_size)
             self.sparse = settings.make(sizes)
 
     def forward(self, x: Tensor, *, rope: RopeTable | None, place: Place) -> Tensor:
@@ -240,7 +238,7 @@ def _mixer(config: ModelConfig, layers: Layers, index: int) -> SelfAttention | L
     kind = layers.kinds[index]
     if kind not in LINEAR_KINDS:
         settings = layers.mixers.sparse_kind(kind) if kind in SPARSE_KINDS else layers.mixers.softmax(kind)
-        return SelfAttention(config, settings, layer=index, num_layers=config.num_layers)
+        return SelfAttention(config, settings)
     return LinearMixer(
         layers.mixers.linear_kind(kind),
         layers.sizes(kind, heads=config.num_heads, head_dim=config.head_size),

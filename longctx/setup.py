@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from longctx import liger
-from longctx.attention_config import DENSE_BESIDE, MASK_KEYS, AttentionConfig
+from longctx.attention_config import MASK_KEYS, AttentionConfig
 from longctx.batch import BatchSource
 from longctx.checkpoint.checkpointer import Checkpointer
 from longctx.checkpoint.compare import compare_models
@@ -24,7 +24,6 @@ from longctx.data.stream import PackedStream
 from longctx.data.tokenizer import build_tokenizer
 from longctx.engines.build import build_engine
 from longctx.engines.engine import DTYPES, Engine
-from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.op import resolve_kernel as resolve_sparse_kernel
 from longctx.kernels.contract import Request
 from longctx.kernels.linear.op import resolve_kernel as resolve_linear_kernel
@@ -40,9 +39,6 @@ from longctx.parallel.schedule import Shape
 from longctx.parallel.transport import ProcessGroupTransport
 from longctx.planner import SAMPLES, Choice, choose
 from longctx.stack import build_stack
-
-# Kinds of sparse layers that ask their kernel for more than one softmax over all that is selected.
-WEIGHTS_OF: dict[str, tuple[Weights, ...]] = {"landmark": ("gated",), "sla": ("softmax", "sum")}
 
 
 @dataclass(kw_only=True)
@@ -104,8 +100,7 @@ def check_kernel(config: Config, *, device_type: str) -> dict[str, str]:
         reason = liger.unsupported(device_type=device_type, dtype=config.engine.dtype)
         if reason is not None:
             raise ValueError(f"model.ops=liger cannot be used: {reason}; set model.ops=torch")
-    masked = layers.softmax or set(layers.sparse_kinds).intersection(DENSE_BESIDE)
-    kernels = {"softmax": check_softmax_kernel(config, device_type=device_type)} if masked else {}
+    kernels = {"softmax": check_softmax_kernel(config, device_type=device_type)} if layers.masked else {}
     kernels |= {kind: check_sparse_kernel(config, kind, device_type=device_type) for kind in layers.sparse_kinds}
     return kernels | {kind: check_linear_kernel(config, kind, device_type=device_type) for kind in layers.linear_kinds}
 
@@ -138,10 +133,11 @@ def check_sparse_kernel(config: Config, kind: str, *, device_type: str) -> str:
         softcap=model.softcap is not None,
     )
     try:
-        found = [resolve_sparse_kernel(name, request, weights) for weights in WEIGHTS_OF.get(kind, ("softmax",))]
+        asked = config.mixers.sparse_kind(kind).requests(request)
+        found = [resolve_sparse_kernel(name, *each) for each in asked]
     except ValueError as error:
         raise ValueError(f"mixers.{kind}.kernel={name}: {error}") from error
-    return found[0].name
+    return found[0].name if found else check_softmax_kernel(config, device_type=device_type)
 
 
 def check_linear_kernel(config: Config, kind: str, *, device_type: str) -> str:

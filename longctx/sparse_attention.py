@@ -7,6 +7,7 @@ queries, so which K/V are needed is agreed on when it is there (`parallel/demand
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from longctx.arrangement import Arrangement
 from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.op import resolve_kernel
-from longctx.kernels.block_sparse.selection import Selection
+from longctx.kernels.block_sparse.selection import Selection, narrowed
 from longctx.kernels.contract import Request, Scores
 from longctx.parallel.demand import Demand, Shards, agree, shards_of
 from longctx.parallel.heads import HeadSplit
@@ -69,6 +70,10 @@ class SparsePlan:
     bounds: tuple[tuple[int, ...], ...]
     document_of: Tensor
     _shown: dict[tuple[Teams, int], Demand] = field(default_factory=dict, repr=False, compare=False)
+    # What all teams need of a selection, and its distances: layers that share one agree once.
+    agreed: "WeakKeyDictionary[Selection, tuple[Demand, tuple[int, ...]]]" = field(
+        default_factory=WeakKeyDictionary, repr=False, compare=False
+    )
 
     @property
     def tokens(self) -> int:
@@ -156,7 +161,7 @@ class ContextParallelSparseAttention:
             softmax_scale: default `D ** -0.5`; weights `sum` have none.
             softcap: scores s become `softcap * tanh(s / softcap)`.
             sink_logits: `[H]`; its gradient is this rank's share, like any parameter's: sum it over the ranks.
-            observe: told what moved.
+            observe: told what moved; distances are of the ranks that observe.
 
         Returns:
             out `[B, T, H, Dv]` in q's dtype.
@@ -182,7 +187,7 @@ class ContextParallelSparseAttention:
             softcap=softcap is not None,
         )
         scale = 1.0 if weights == "sum" else q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        mine = on_team(arrangement, selection, device=q.device)
+        mine = narrowed(on_team(arrangement, selection, device=q.device), total=plan.total)
         shape = Shape(
             heads=request.num_heads,
             kv_heads=request.num_kv_heads,
@@ -200,7 +205,7 @@ class ContextParallelSparseAttention:
             weights=weights,
             scores=Scores(softmax_scale=scale, softcap=softcap),
             selection=mine,
-            moves=self._moves(arrangement, mine, plan, shape, batch=q.shape[0], observe=observe),
+            moves=self._moves(arrangement, selection, mine, plan, shape, batch=q.shape[0], observe=observe),
             places=_places(self.layout, teams, plan.total, q.device),
         )
         return SelectedAttention.apply(q, k, v, sink_logits, gates, call)
@@ -209,22 +214,31 @@ class ContextParallelSparseAttention:
         self,
         arrangement: Arrangement,
         selection: Selection,
+        own: Selection,
         plan: SparsePlan,
         shape: Shape,
         *,
         batch: int,
         observe: Observe | None,
     ) -> Moves:
-        """Agree with the other teams on what each needs, and choose the way."""
+        """Agree with the other teams on what each needs, once for a selection, and choose the way.
+
+        `own` is the selection of this rank's heads and its team's tokens.
+        """
         teams, block_size = arrangement.teams, selection.block_size
         team, ring = teams.place(self.transport.rank)[0], arrangement.ring
         shown = plan.shown(teams, block_size)
-        if observe is None and (ring.size == 1 or self.moves == "all"):
+        if observe is None and ring.size == 1:
             return make_moves("all", self.schedule, static=shown.needs, demand=shown, team=team)
-        positions = shown.shards.positions[team].to(selection.lo.device)
-        told = distances(selection, positions, block_size=block_size, buckets=BUCKETS) if observe else []
-        wanted, numbers = agree(ring, wanted_blocks(selection, block_size=block_size, total=plan.total), told)
-        demand = Demand(shown.shards, wanted)
+        if selection not in plan.agreed:
+            # Told in any case, so that a rank may observe what others do not.
+            told: Sequence[int] = (0,) * BUCKETS
+            if observe is not None:
+                positions = _places(self.layout, teams, plan.total, own.lo.device)[team]
+                told = distances(own, positions, block_size=block_size, buckets=BUCKETS)
+            wanted, numbers = agree(ring, wanted_blocks(own, block_size=block_size, total=plan.total), told)
+            plan.agreed[selection] = Demand(shown.shards, wanted), tuple(numbers.sum(0).tolist())
+        demand, counts = plan.agreed[selection]
         costs = move_costs(self.schedule, static=shown.needs, demand=demand, shape=shape)
         name = "all" if ring.size == 1 else costs.choose(self.moves)
         if observe is not None:
@@ -234,7 +248,7 @@ class ContextParallelSparseAttention:
                     moves=name,
                     density=shares[0] / max(shares[1], 1),
                     costs=MoveCosts(all=costs.all * batch, hops=costs.hops * batch, blocks=costs.blocks * batch),
-                    distances=tuple(numbers.sum(0).tolist()),
+                    distances=counts,
                 )
             )
         return make_moves(name, self.schedule, static=shown.needs, demand=demand, team=team)

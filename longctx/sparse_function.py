@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from longctx.arrangement import Arrangement
 from longctx.kernels.block_sparse.contract import SparseKernel, Weights
-from longctx.kernels.block_sparse.selection import Selection
+from longctx.kernels.block_sparse.selection import Selection, widened
 from longctx.kernels.contract import Scores
 from longctx.kernels.merge import Partial, accumulator_dtype, empty_partial
 from longctx.kernels.precision import without_autocast
@@ -45,7 +45,7 @@ class SparseCall(Arrangement):
         selections = []
         for one in self.selection.parts():
             each = one.heads // all_kv_heads
-            selections.append(one.of_heads(kv_heads[0] * each, kv_heads[1] * each))
+            selections.append(widened(one.of_heads(kv_heads[0] * each, kv_heads[1] * each)))
         tokens = self.moves.tokens(source)
         where = tokens if isinstance(tokens, slice) else tokens.to(self.places[source].device)
         return Part(selections, self.places[source][where], q_heads, slice(*kv_heads))

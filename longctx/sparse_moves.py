@@ -10,6 +10,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -114,16 +115,17 @@ def move_costs(schedule: Schedule, *, static: Needs, demand: Demand, shape: Shap
     """Count what each way sends, summed over the teams; `shape` has the heads of one rank."""
     if isinstance(schedule, Ring):  # a selection's K/V travel in both passes, whatever a mask's would do
         schedule = replace(schedule, backward_moves="rotate_kv")
-
-    def on_schedule(needs: Needs) -> int:
-        return sum(sum(sent.bytes for sent in schedule.sent(team, needs, shape)) for team in range(len(needs.keys)))
-
     teams = range(len(demand.shards.positions))
     return MoveCosts(
-        all=on_schedule(static),
-        hops=on_schedule(demand.needs),
+        all=_on_schedule(schedule, static, shape),
+        hops=_on_schedule(schedule, demand.needs, shape),
         blocks=sum(sum(sent.bytes for sent in demand.sent(team, shape)) for team in teams),
     )
+
+
+@lru_cache(maxsize=32)  # what a mask shows is the same for all layers
+def _on_schedule(schedule: Schedule, needs: Needs, shape: Shape) -> int:
+    return sum(sum(sent.bytes for sent in schedule.sent(team, needs, shape)) for team in range(len(needs.keys)))
 
 
 def make_moves(name: MovesName, schedule: Schedule, *, static: Needs, demand: Demand, team: int) -> Moves:

@@ -126,7 +126,7 @@ class RankSparse:
         )
 
     def attend_sum(self, q: Tensor, k: Tensor, v: Tensor, *, selection: Selection) -> Tensor:
-        return self.attention(q, k, v, selection=selection, plan=self.plan, weights="sum")
+        return self.attention(q, k, v, selection=selection, plan=self.plan, weights="sum", observe=self.observe)
 
     def attend_window(self, q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
         return self._masked(q, k, v, sliding_window(window - 1, None), None)
@@ -149,6 +149,10 @@ class RankSparse:
         if not self._states:
             self._states.append(self.linear.plan(self.plan.bounds, total=self.total, device=q.device))
         return self.linear(q, k, v, plan=self._states[0], scale=1.0)
+
+    @property
+    def trains(self) -> bool:
+        return self.losses is not None
 
     def add_loss(self, loss: Tensor) -> None:
         if self.losses is not None:

@@ -1,4 +1,4 @@
-"""A stack of softmax and linear layers over ranks: the layout of each layer, who mixes in it, and the plans.
+"""A stack of softmax, sparse and linear layers over ranks: the layout of each layer, who mixes in it, and the plans.
 
 Softmax layers want balance, linear layers the order of the sequence. Where these are different layouts, tokens are
 relaid between them: a run of neighbouring linear layers pays one relayout in and one out. The stack begins in the
@@ -111,7 +111,7 @@ class Stack:
         return {kind: self.config.mask(cu_seqlens, kind=kind) for kind in self.layers.softmax_kinds}
 
     def visible_pairs(self, cu_seqlens: Bounds, *, total: int) -> int:
-        """Return the (query, key) pairs of one packed sequence, summed over the softmax layers."""
+        """Return the (query, key) pairs of one packed sequence, summed over the softmax and sparse layers."""
         dense = sum(
             self.layers.kinds.count(kind) * visible_pairs(mask, total=total)
             for kind, mask in self.masks(cu_seqlens).items()

@@ -181,6 +181,8 @@ def loop(run: Run, *, checkpointer: Checkpointer, logger: MetricsLogger, meter: 
 def tell_moves(run: Run, selected: SparseSummary, before: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """Say how K/V of sparse layers moved when that is new or has changed; return how they did."""
     ways = {**before, **selected.ways()}
+    if run.degrees.cp == 1:  # nothing moves
+        return ways
     for kind, told in selected.choices().items():
         if ways[kind] != before.get(kind):
             run.say(f"{kind}: attention.kv_moves={run.config.attention.kv_moves} is {told}")

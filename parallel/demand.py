@@ -40,6 +40,16 @@ class Shards:
         return tuple(places // self.block_size for places in self.positions)
 
     @cached_property
+    def runs(self) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+        """Return each team's runs of tokens of one block: the block, and where they begin and end, int64 `[runs]`."""
+        found = []
+        for blocks in self.blocks:
+            block, lengths = torch.unique_consecutive(blocks, return_counts=True)
+            end = lengths.cumsum(0)
+            found.append((block, end - lengths, end))
+        return tuple(found)
+
+    @cached_property
     def owned(self) -> Tensor:
         """Return how many tokens of each block each team has: int64 `[teams, count]`."""
         return torch.stack([torch.bincount(blocks, minlength=self.count) for blocks in self.blocks])
@@ -87,13 +97,6 @@ class Demand:
         keys = tuple(tuple(spans[source][team] for source in count) for team in count)
         return Needs(keys, queries=())
 
-    @cached_property
-    def density(self) -> float:
-        """Return the share of other teams' tokens that teams need, of all that they do not have themselves."""
-        others = self.counts.sum() - self.counts.diagonal().sum()
-        held = torch.tensor([len(places) for places in self.shards.positions])
-        return float(others) / max(int(held.sum()) * (len(held) - 1), 1)
-
     def sent(self, team: int, shape: Shape) -> tuple[Sent, Sent]:
         """Return what a rank of `team` sends to other teams if exactly the needed blocks are exchanged, per row.
 
@@ -110,13 +113,11 @@ class Demand:
 
     def _spans(self, source: int) -> list[Span | None]:
         """Return what each team needs of a source."""
-        needed = self.wanted[:, self.shards.blocks[source]]  # [teams, tokens]
-        first = needed.to(torch.uint8).argmax(1).tolist()
-        last = needed.flip(1).to(torch.uint8).argmax(1).tolist()
-        tokens = needed.shape[1]
-        return [
-            (a, tokens - b) if some else None for a, b, some in zip(first, last, needed.any(1).tolist(), strict=True)
-        ]
+        block, begin, end = self.shards.runs[source]
+        needed = self.wanted[:, block].to(torch.uint8)  # [teams, runs]
+        first = begin[needed.argmax(1)].tolist()
+        last = end[len(block) - 1 - needed.flip(1).argmax(1)].tolist()
+        return [(a, b) if some else None for a, b, some in zip(first, last, needed.any(1).tolist(), strict=True)]
 
 
 def agree(ring: Transport, mine: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:

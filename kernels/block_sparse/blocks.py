@@ -71,14 +71,14 @@ def members(blocks: Blocks) -> Tensor:
 def block_mean(x: Tensor, blocks: Blocks) -> Tensor:
     """Return the mean of each block's summarised tokens, float32 (float64 for float64): `[B, T, ...] -> [B, N, ...]`.
 
-    A block's numbers are added in one order, whichever blocks are beside it: on every rank the same
-    bits. Differentiable.
+    Added up in float64 and rounded: in which order may depend on how many blocks a rank has, on a GPU for instance, and
+    summaries must be the same bits on every rank. Differentiable.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cut = by_block(x.to(wide), blocks.block_size)  # [B, N, block, ...]
-    inside = members(blocks).to(wide)
+    cut = by_block(x.to(torch.float64), blocks.block_size)  # [B, N, block, ...]
+    inside = members(blocks).to(torch.float64)
     weight = (inside / inside.sum(-1, keepdim=True)).reshape(*inside.shape, *(1,) * (x.dim() - 2))
-    return (cut * weight).sum(2)
+    return (cut * weight).sum(2).to(wide)
 
 
 def past(blocks: Blocks, *, positions: Tensor, first: Tensor) -> Tensor:

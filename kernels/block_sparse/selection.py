@@ -22,8 +22,9 @@ class Selection:
     another selection beside. Kernels know of none: they are given `parts()`, one after the other.
 
     Attributes:
-        lo, hi: int64 `[R, T, HS, S]`, positions, both inclusive; a slot with `hi < lo` is empty.
-        slot_class: int64 `[R, T, HS, S]`, >= 0; None = all 0.
+        lo, hi: int64 `[R, T, HS, S]`, positions, both inclusive; a slot with `hi < lo` is empty. int32 where they are
+            only kept (`narrowed`).
+        slot_class: likewise, >= 0; None = all 0.
         key_class: int32 `[R, total, HS]`, the class of every position of the sequence, negative where nobody sees it;
             None = all 0. Given if and only if `slot_class` is.
         block_size: tokens that lie together: kernels cut keys into tiles of so many, and ranks exchange them in blocks
@@ -42,7 +43,7 @@ class Selection:
     def __post_init__(self) -> None:
         assert self.lo.dim() == 4 and self.lo.shape == self.hi.shape, (self.lo.shape, self.hi.shape)
         assert (self.slot_class is None) == (self.key_class is None), "classes of slots and of keys belong together"
-        assert self.lo.dtype == self.hi.dtype == torch.int64, (self.lo.dtype, self.hi.dtype)
+        assert self.lo.dtype == self.hi.dtype in (torch.int64, torch.int32), (self.lo.dtype, self.hi.dtype)
         assert self.block_size >= 1, self.block_size
         if self.beside is not None:
             sizes = [(each.tokens, each.block_size) for each in (self, self.beside)]
@@ -86,6 +87,40 @@ class Selection:
             slot_class=part(self.slot_class),
             key_class=part(self.key_class),
         )
+
+
+def narrowed(selection: Selection, *, total: int) -> Selection:
+    """Return a selection in half the memory, to be kept until the backward pass: int32, where positions fit.
+
+    What is alike for some rows or heads (`expand`) stays as it is: it would take more.
+    """
+
+    def narrow(x: Tensor | None) -> Tensor | None:
+        return x if x is None or 0 in x.stride() else x.to(torch.int32)
+
+    if total >= 2**31 or 0 in selection.lo.stride() or 0 in selection.hi.stride():
+        return selection
+    beside = None if selection.beside is None else narrowed(selection.beside, total=total)
+    return replace(
+        selection,
+        lo=selection.lo.to(torch.int32),
+        hi=selection.hi.to(torch.int32),
+        slot_class=narrow(selection.slot_class),
+        beside=beside,
+    )
+
+
+def widened(selection: Selection) -> Selection:
+    """Return a selection without others beside it in int64, as kernels take it."""
+    if selection.lo.dtype == torch.int64:
+        return selection
+    slots = selection.slot_class
+    return replace(
+        selection,
+        lo=selection.lo.long(),
+        hi=selection.hi.long(),
+        slot_class=None if slots is None else slots.long(),
+    )
 
 
 def allowed(selection: Selection, k_positions: Tensor) -> Tensor:

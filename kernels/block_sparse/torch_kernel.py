@@ -50,6 +50,7 @@ class TorchSparseKernel:
         partial: Partial,
     ) -> None:
         """Merge into `partial`; see the contract."""
+        assert weights != "sum" or scores.softcap is None, "a sum has no scores to cap"
         hop = _Hop(q, k, selection, k_positions, weights)
         keys, values = hop.tiles(k), hop.tiles(v)
         queries, group = hop.rows(q), hop.group
@@ -100,6 +101,7 @@ class TorchSparseKernel:
         dgates: Tensor | None,
     ) -> None:
         """Add to `dq, dk, dv, dgates`; see the contract."""
+        assert weights != "sum" or scores.softcap is None, "a sum has no scores to cap"
         hop = _Hop(q, k, selection, k_positions, weights)
         keys, values = hop.tiles(k), hop.tiles(v)
         queries, douts, group = hop.rows(q), hop.rows(dout), hop.group

@@ -69,6 +69,11 @@ class Layers:
         return tuple(index for index, kind in enumerate(self.kinds) if kind in SPARSE_KINDS)
 
     @property
+    def masked(self) -> bool:
+        """Tell whether some layer has attention under a mask, maybe inside of sparse attention."""
+        return bool(self.softmax) or any(self.mixers.sparse_kind(kind).dense_beside for kind in self.sparse_kinds)
+
+    @property
     def softmax_kinds(self) -> tuple[str, ...]:
         """Return the kinds of softmax attention under a mask, each once."""
         return tuple(kind for kind in self.used if kind in SOFTMAX_KINDS)

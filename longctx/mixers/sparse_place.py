@@ -115,6 +115,11 @@ class SparsePlace(Protocol):
         """Return every rank's keys `[B, total, HK, D]`, without gradient: only distillation needs them all."""
         ...
 
+    @property
+    def trains(self) -> bool:
+        """Tell whether what `add_loss` is given is minimised; if not, it need not be computed."""
+        ...
+
     def add_loss(self, loss: Tensor) -> None:
         """Add a sum over this rank's tokens to what is minimised; it is divided by the count of labels like the losses
         of tokens, and not reported among them."""

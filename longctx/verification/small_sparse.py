@@ -122,7 +122,9 @@ def _small(given: SparseMixerConfig, scale: Scale) -> SparseMixerConfig:
             chunk = min(given.chunk, 2 * scale.block)
             most = min(given.sparsity, _SPARSITY)
             sparsity = next(each for each in range(most, 0, -1) if given.selection == "expert" or chunk % each == 0)
-            changes = {"block_size": min(given.block_size, scale.block), "chunk": chunk, "sparsity": sparsity}
+            changes = {"block_size": min(given.block_size, scale.block), "sparsity": sparsity}
+            if given.selection == "chunk":
+                changes["chunk"] = chunk
         case RoutingConfig():
             clusters = min(given.clusters, _CLUSTERS)
             window = min(given.window, max(scale.longest // (4 * clusters), 2))

@@ -48,12 +48,12 @@ class Call:
 
     Attributes:
         notes: of each rank.
-        observed: whether the ranks tell each other numbers for metrics.
+        first: whether the ranks have not agreed on this selection before.
     """
 
     small: Small
     notes: Sequence[Note]
-    observed: bool
+    first: bool
 
     @property
     def teams(self) -> Teams:
@@ -116,10 +116,10 @@ class Call:
 
     def agreed(self, rank: int) -> Pass:
         """Return what a rank sends to agree on what is needed."""
-        if self.teams.count == 1 or not (self.observed or self.small.attention.kv_moves != "all"):
+        if self.teams.count == 1 or not self.first:
             return Pass(NOTHING, NOTHING)
         peers = [peer for peer in self.teams.counterparts(rank) if peer != rank]
-        size = agreed_bytes(self._shards.count, BUCKETS if self.observed else 0)
+        size = agreed_bytes(self._shards.count, BUCKETS)
         return Pass(Sent(1, dict.fromkeys(peers, size)), NOTHING)
 
     def shared(self, rank: int) -> Pass:
@@ -188,25 +188,30 @@ def keys_travel(schedule: Schedule) -> Schedule:
 
 def planned(small: Small, notes: Sequence[Sequence[Note]]) -> list[Pass]:
     """Return what each rank sends for one layer that trains, given the notes of all ranks' places."""
-    calls = [_call(small, step) for step in zip(*notes, strict=True)]
-    return [sum((each[rank] for each in calls), start=Pass(NOTHING, NOTHING)) for rank in range(small.cp)]
+    attending = iter(attended(small, notes))
+    steps: list[list[Pass]] = []
+    for step in zip(*notes, strict=True):
+        if step[0].selection is None:
+            steps.append(_sent(small, step))
+        else:
+            call = next(attending)
+            steps.append([call.shared(rank) + call.agreed(rank) + call.moved(rank) for rank in range(small.cp)])
+    return [sum((each[rank] for each in steps), start=Pass(NOTHING, NOTHING)) for rank in range(small.cp)]
 
 
 def attended(small: Small, notes: Sequence[Sequence[Note]]) -> list[Call]:
     """Return the calls that attend to a selection."""
-    return [
-        Call(small=small, notes=step, observed=step[0].method == "attend")
-        for step in zip(*notes, strict=True)
-        if step[0].selection is not None
-    ]
+    calls: list[Call] = []
+    for step in zip(*notes, strict=True):
+        if step[0].selection is not None:
+            first = all(step[0].selection is not call.notes[0].selection for call in calls)
+            calls.append(Call(small=small, notes=step, first=first))
+    return calls
 
 
-def _call(small: Small, notes: Sequence[Note]) -> list[Pass]:
-    """Return what each rank sends for one call."""
+def _sent(small: Small, notes: Sequence[Note]) -> list[Pass]:
+    """Return what each rank sends for one call that attends to no selection."""
     method, ranks = notes[0].method, range(small.cp)
-    if method in ("attend", "attend_sum"):
-        call = Call(small=small, notes=notes, observed=method == "attend")
-        return [call.shared(rank) + call.agreed(rank) + call.moved(rank) for rank in ranks]
     if method.startswith("gather_"):
         return [_gathered(notes, rank) for rank in ranks]
     if method in ("attend_window", "attend_dense"):

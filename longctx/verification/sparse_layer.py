@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.op import resolve_kernel
 from longctx.kernels.block_sparse.selection import Selection
 from longctx.kernels.contract import Request
@@ -21,9 +20,8 @@ from longctx.mixers.sparse.base import Inputs, SparseMixerConfig
 from longctx.model import SelfAttention
 from longctx.parallel.transport import Traffic, Transport
 from longctx.rope import apply_rope, rope_table
-from longctx.setup import WEIGHTS_OF
 from longctx.stack import Stack, build_stack
-from longctx.verification.attend import mark
+from longctx.verification.attend import kernel_name, mark
 from longctx.verification.bench import Bench
 from longctx.verification.check_data import kernel_for
 from longctx.verification.lively import enliven
@@ -103,8 +101,10 @@ def sparse_kernel(small: Small, kind: str, *, device: torch.device, dtype: torch
         num_kv_heads=model.num_kv_heads,
         softcap=model.softcap is not None,
     )
-    weights: Weights = WEIGHTS_OF.get(kind, ("softmax",))[0]
-    return resolve_kernel(_kernel_for(small, kind, dtype), request, weights).name
+    asked = settings_of(small, kind).requests(request)
+    if not asked:  # all of it is dense
+        return kernel_name(small, device=device, dtype=dtype, head_dim=head_dim)
+    return resolve_kernel(_kernel_for(small, kind, dtype), *asked[0]).name
 
 
 def make_layer(small: Small, kind: str, *, batch: int, seed: int) -> LayerProblem:
@@ -248,10 +248,7 @@ def _kernel_for(small: Small, kind: str, dtype: torch.dtype) -> str:
 
 def _module(small: Small, kind: str, *, head_dim: int) -> SelfAttention:
     model = replace(small.model, head_dim=head_dim)
-    index = small.layers.kinds.index(kind)
-    module = SelfAttention(
-        model, small.layers.mixers.sparse_kind(kind), layer=index, num_layers=len(small.layers.kinds)
-    ).double()
+    module = SelfAttention(model, small.layers.mixers.sparse_kind(kind)).double()
     enliven(module, model)
     return module
 

@@ -24,7 +24,7 @@ class Note:
         sizes: shape and dtype of the tensors that it was given; `x` of what was gathered.
         differentiable: whether a gradient goes back through it.
         window: of a window.
-        selection: what was attended to, on the CPU.
+        selection: what was attended to, on the CPU; the same object where that is attended to again.
         hops, bytes_to: what the call sent.
     """
 
@@ -55,6 +55,7 @@ class Watched:
             given: selections to attend to in place of those that the mixer makes, call by call; None = the mixer's.
         """
         self.notes: list[Note] = []
+        self._copies: dict[Selection, Selection] = {}
         self._place, self._transport = place, transport
         self._given = None if given is None else iter(given)
 
@@ -83,6 +84,10 @@ class Watched:
 
     def all_blocks(self, block_size: int) -> Blocks:
         return self._place.all_blocks(block_size)
+
+    @property
+    def trains(self) -> bool:
+        return self._place.trains
 
     def add_loss(self, loss: Tensor) -> None:
         self._place.add_loss(loss)
@@ -178,7 +183,7 @@ class Watched:
             sizes={name: (tuple(x.shape), x.dtype) for name, x in tensors.items()},
             differentiable=differentiable,
             window=window,
-            selection=None if selection is None else _on_cpu(selection),
+            selection=None if selection is None else self._copies.setdefault(selection, _on_cpu(selection)),
             hops=hops,
             bytes_to=bytes_to,
         )

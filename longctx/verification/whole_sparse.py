@@ -93,6 +93,10 @@ class WholeSparse:
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * allowed[:, None]
         return torch.einsum("bhqk,bkhd->bqhd", scores, v)
 
+    @property
+    def trains(self) -> bool:
+        return True
+
     def add_loss(self, loss: Tensor) -> None:
         self.losses.append(loss)
 

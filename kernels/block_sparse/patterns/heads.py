@@ -21,6 +21,6 @@ def local_heads(num_kv_heads: int, *, device: torch.device) -> Tensor:
     if num_kv_heads < 2:
         raise ValueError(
             f"heads={ALTERNATE} gives every other KV head another set and needs 2 of them or more; given "
-            f"num_kv_heads={num_kv_heads}: set heads={MERGED}, or raise model.num_kv_heads"
+            f"num_kv_heads={num_kv_heads}: use heads={MERGED}"
         )
     return torch.arange(num_kv_heads, device=device) % 2 == 0

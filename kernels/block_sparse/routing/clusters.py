@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx.kernels.block_sparse.routing.steady import steady_scores
+from longctx.kernels.block_sparse.routing.steady import AT_ONCE, steady_scores
 from longctx.kernels.block_sparse.selection import Selection
 from longctx.kernels.merge import accumulator_dtype
 
@@ -39,7 +39,13 @@ def nearest(x: Tensor, centroids: Tensor) -> Tensor:
         centroids: `[HS, C, D]`.
     """
     unit = F.normalize(centroids.detach().to(torch.float64), dim=-1)
-    return steady_scores(x, unit).argmax(-1).to(torch.int32)
+    runs = x.split(_tokens_at_once(x, centroids), dim=1)
+    return torch.cat([steady_scores(run, unit).argmax(-1).to(torch.int32) for run in runs], dim=1)
+
+
+def _tokens_at_once(x: Tensor, centroids: Tensor) -> int:
+    """Return for how many tokens there is a number for every centroid at a time."""
+    return max(1, AT_ONCE // (x.shape[0] * centroids.shape[0] * centroids.shape[1]))
 
 
 def kmeans_error(x: Tensor, centroids: Tensor, cluster: Tensor) -> Tensor:
@@ -55,9 +61,13 @@ def kmeans_error(x: Tensor, centroids: Tensor, cluster: Tensor) -> Tensor:
         cluster: int32 `[B, T, HS]`.
     """
     x = x.detach()
-    one_hot = F.one_hot(cluster.long(), centroids.shape[1]).to(x.dtype)  # [B, T, HS, C]
-    count = one_hot.sum((0, 1))
-    total = torch.einsum("bthc,bthd->hcd", one_hot, x)
+    count = x.new_zeros(centroids.shape[:2])
+    total = x.new_zeros(centroids.shape)
+    number, size = torch.arange(centroids.shape[1], device=x.device), _tokens_at_once(x, centroids)
+    for run, chosen in zip(x.split(size, dim=1), cluster.split(size, dim=1), strict=True):
+        one_hot = (chosen[..., None] == number).to(x.dtype)  # [B, t, HS, C]
+        count += one_hot.sum((0, 1))
+        total += torch.einsum("bthc,bthd->hcd", one_hot, run)
     wide = centroids.to(x.dtype)
     return x.square().sum() - 2 * (wide * total).sum() + (count * wide.square().sum(-1)).sum()
 

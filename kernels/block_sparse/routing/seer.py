@@ -12,7 +12,7 @@ from longctx.kernels.block_sparse.blocks import Blocks, block_mean, by_block, me
 from longctx.kernels.block_sparse.routing.moba import own_slots
 from longctx.kernels.block_sparse.routing.topk import SCORES, Chunk, chunk_shape, chunks, route, top_blocks
 from longctx.kernels.merge import accumulator_dtype
-from longctx.kernels.precision import without_autocast
+from longctx.kernels.precision import in_full_float32, without_autocast
 
 
 def pooled(k: Tensor, blocks: Blocks) -> Tensor:
@@ -26,6 +26,7 @@ def pooled(k: Tensor, blocks: Blocks) -> Tensor:
 
 
 @without_autocast
+@in_full_float32
 def gate_keys(pools: Tensor, weight: Tensor) -> Tensor:
     """Return `[B, N, HK, 3 D] x [HK, 3 D, E] -> [B, N, HK, E]`, in the dtype of the pools.
 
@@ -35,6 +36,7 @@ def gate_keys(pools: Tensor, weight: Tensor) -> Tensor:
 
 
 @without_autocast
+@in_full_float32
 def gate_queries(q: Tensor, weight: Tensor, *, block_size: int) -> Tensor:
     """Return one gate query for each KV head's group, concatenated: `[B, T, H, D] x [HK, G D, E] -> [B, T, HK, E]`.
 

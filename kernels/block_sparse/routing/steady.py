@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longctx.kernels.precision import without_autocast
 
-_AT_ONCE = 1 << 22  # numbers that are float64 at a time
+AT_ONCE = 1 << 22  # numbers of x that are widened at a time
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def steady_scores(x: Tensor, weight: Tensor) -> Tensor:
     """
     batch, tokens, heads, size = x.shape
     scores = torch.empty(batch, tokens, heads, weight.shape[1], dtype=torch.float64, device=x.device)
-    wide, step = weight.to(torch.float64), max(1, _AT_ONCE // (batch * heads * size))
+    wide, step = weight.to(torch.float64), max(1, AT_ONCE // (batch * heads * size))
     for begin in range(0, tokens, step):
         rows = slice(begin, begin + step)
         scores[:, rows] = torch.einsum("bthd,hcd->bthc", x[:, rows].to(torch.float64), wide)

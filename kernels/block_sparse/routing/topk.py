@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longctx.kernels.block_sparse.blocks import Blocks, by_block, past
 from longctx.kernels.merge import accumulator_dtype
-from longctx.kernels.precision import without_autocast
+from longctx.kernels.precision import in_full_float32, without_autocast
 
 SCORES = 1 << 24  # of one chunk: 64 MiB in float32, and a few times that for what is made of them
 _MOST_BLOCKS = 16  # of queries in a chunk; what a rank with fewer computes for nothing is bounded by it
@@ -88,6 +88,7 @@ def scored(chunk: Chunk, summaries: Tensor) -> Tensor:
 
 @torch.no_grad()
 @without_autocast
+@in_full_float32
 def route(
     q: Tensor,
     summaries: Tensor,

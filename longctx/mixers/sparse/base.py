@@ -5,19 +5,19 @@ from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
+from longctx.kernels.block_sparse.contract import Weights
+from longctx.kernels.contract import Request
 from longctx.mixers.softmax_config import SoftmaxMixerConfig
 from longctx.mixers.sparse_place import SparsePlace
 
 
 class Sizes(NamedTuple):
-    """The layer that a sparse mixer is for; `layer` of `num_layers` counts from 0."""
+    """The layer that a sparse mixer is for."""
 
     dim: int
     heads: int
     kv_heads: int
     head_dim: int
-    layer: int
-    num_layers: int
 
 
 class Inputs(NamedTuple):
@@ -66,6 +66,15 @@ class SparseMixerConfig(SoftmaxMixerConfig):
     def takes_sinks(self) -> bool:
         """Tell whether `model.sink_logits` can be honoured: there is one softmax."""
         return True
+
+    @property
+    def dense_beside(self) -> bool:
+        """Tell whether there is attention under a mask inside, which is the model's own: its kernel and schedule."""
+        return False
+
+    def requests(self, request: Request) -> tuple[tuple[Request, Weights], ...]:
+        """Return what a layer asks its kernel for, where attention to selected keys is `request`."""
+        return ((request, "softmax"),)
 
     def of_model(self, *, heads: int, kv_heads: int) -> Self:
         """Return the settings with numbers for what depends on the model's heads."""

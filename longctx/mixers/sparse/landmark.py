@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.routing.landmark import last_of_blocks, own_block_lse, picked_scores
 from longctx.kernels.block_sparse.routing.moba import moba_blocks
 from longctx.kernels.block_sparse.routing.pairs import routed_pairs
 from longctx.kernels.block_sparse.selection import selected_blocks
+from longctx.kernels.contract import Request
 from longctx.kernels.merge import accumulator_dtype
 from longctx.kernels.precision import without_autocast
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
@@ -30,6 +32,9 @@ class LandmarkConfig(SparseMixerConfig):
     @property
     def whole(self) -> int:
         return self.block_size
+
+    def requests(self, request: Request) -> tuple[tuple[Request, Weights], ...]:
+        return ((request, "gated"),)
 
     def validate(self, kind: str) -> None:
         at_least(kind, 1, block_size=self.block_size, topk=self.topk)

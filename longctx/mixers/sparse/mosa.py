@@ -39,6 +39,11 @@ class MosaConfig(SparseMixerConfig):
                 f"mixers.{kind}.selection={self.selection} is not known; known are {', '.join(_SELECTIONS)}"
             )
         at_least(kind, 1, chunk=self.chunk, sparsity=self.sparsity, block_size=self.block_size)
+        if self.selection == "expert" and self.chunk != MosaConfig.chunk:
+            raise ValueError(
+                f"mixers.{kind}.chunk={self.chunk} has no effect with mixers.{kind}.selection=expert, which chooses "
+                f"from whole documents: leave it {MosaConfig.chunk}"
+            )
         if self.selection == "chunk" and self.chunk % self.sparsity:
             raise ValueError(
                 f"mixers.{kind}.chunk={self.chunk} must be a multiple of mixers.{kind}.sparsity={self.sparsity}: of a "

@@ -43,6 +43,10 @@ class NsaConfig(SparseMixerConfig):
     def takes_sinks(self) -> bool:
         return False  # there are three softmaxes
 
+    @property
+    def dense_beside(self) -> bool:
+        return True
+
     def validate(self, kind: str) -> None:
         at_least(kind, 1, block_size=self.block_size, compress_stride=self.compress_stride)
         at_least(kind, 1, compress_size=self.compress_size, local=self.local, window=self.window)

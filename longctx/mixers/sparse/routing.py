@@ -84,7 +84,7 @@ class Routing(SparseMixer):
         q = normalised(group_mean(inputs.plain_q.detach(), heads))
         k = normalised(inputs.plain_k.detach())
         q_cluster, k_cluster = nearest(q, self.centroids), nearest(k, self.centroids)
-        if self.training:
+        if self.training and place.trains:
             error = kmeans_error(q, self.centroids, q_cluster) + kmeans_error(k, self.centroids, k_cluster)
             place.add_loss(self.settings.commitment * error / (head_dim * heads))
         return q_cluster, k_cluster

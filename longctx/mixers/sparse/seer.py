@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.routing.distill import Teacher, gate_loss
 from longctx.kernels.block_sparse.routing.pairs import causal_pairs, routed_pairs
 from longctx.kernels.block_sparse.routing.seer import gate_keys, gate_queries, pooled, seer_blocks
 from longctx.kernels.block_sparse.selection import selected_blocks
+from longctx.kernels.contract import Request
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
 from longctx.mixers.sparse_place import SparsePlace
 from longctx.rope import apply_rope, rope_table
@@ -42,6 +44,13 @@ class SeerConfig(SparseMixerConfig):
     def whole(self) -> int:
         return self.block_size
 
+    @property
+    def dense_beside(self) -> bool:
+        return self.mode == "distill"
+
+    def requests(self, request: Request) -> tuple[tuple[Request, Weights], ...]:
+        return () if self.mode == "distill" else super().requests(request)
+
     def validate(self, kind: str) -> None:
         at_least(kind, 1, block_size=self.block_size, topk=self.topk)
         if self.mode not in MODES:
@@ -50,6 +59,16 @@ class SeerConfig(SparseMixerConfig):
             raise ValueError(
                 f"mixers.{kind}.threshold must be > 0 and < 1, a part of the gate's softmax, or null; given "
                 f"{self.threshold}"
+            )
+        if not self.rope and self.rope_theta != SeerConfig.rope_theta:
+            raise ValueError(
+                f"mixers.{kind}.rope_theta={self.rope_theta} has no effect with mixers.{kind}.rope=false: leave it "
+                f"{SeerConfig.rope_theta}"
+            )
+        if self.mode == "distill" and self.kernel != "auto":
+            raise ValueError(
+                f"mixers.{kind}.kernel={self.kernel} has no effect with mixers.{kind}.mode=distill, whose attention is "
+                "dense: set attention.kernel, and leave it auto"
             )
         if not 0 < self.rope_theta < math.inf:
             raise ValueError(f"mixers.{kind}.rope_theta must be > 0 and finite; given {self.rope_theta}")
@@ -89,7 +108,7 @@ class Seer(SparseMixer):
 
     def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
         if self.settings.mode == "distill":
-            if self.training:
+            if self.training and place.trains:
                 place.add_loss(self._loss(inputs, place))
             return place.attend_dense(inputs.q, inputs.k, inputs.v, sink_logits=inputs.sink_logits)
         block_size = self.settings.block_size

@@ -1,15 +1,18 @@
 """Sparse-Linear Attention, made causal (SLA, arXiv 2509.24006)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from longctx.kernels.block_sparse.blocks import block_mean
+from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.routing.moba import moba_blocks
 from longctx.kernels.block_sparse.routing.pairs import routed_pairs
 from longctx.kernels.block_sparse.routing.sla import FEATURE_MAPS, features, left_out, rest_of, with_ones
 from longctx.kernels.block_sparse.selection import Selection, selected_blocks
+from longctx.kernels.contract import Request
+from longctx.kernels.merge import accumulator_dtype
 from longctx.kernels.precision import without_autocast
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
 from longctx.mixers.sparse_place import SparsePlace
@@ -36,6 +39,13 @@ class SlaConfig(SparseMixerConfig):
     @property
     def takes_sinks(self) -> bool:
         return False
+
+    def requests(self, request: Request) -> tuple[tuple[Request, Weights], ...]:
+        # The sum is of float32 features, with a column of ones for the denominator.
+        rest = replace(
+            request, dtype=accumulator_dtype(request.dtype), v_head_dim=request.v_head_dim + 1, softcap=False
+        )
+        return (request, "softmax"), (rest, "sum")
 
     def validate(self, kind: str) -> None:
         at_least(kind, 1, block_size=self.block_size, topk=self.topk)

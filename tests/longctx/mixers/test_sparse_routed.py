@@ -48,7 +48,7 @@ KINDS = {
 
 def make(config, heads=(4, 2)) -> SparseMixer:
     """Return a layer with random parameters, float64."""
-    mixer = config.make(Sizes(DIM, heads[0], heads[1], HEAD_DIM, 0, 2)).double()
+    mixer = config.make(Sizes(DIM, heads[0], heads[1], HEAD_DIM)).double()
     with torch.no_grad():
         for seed, parameter in enumerate(mixer.parameters()):
             parameter.copy_(draw(*parameter.shape, seed=100 + seed))
@@ -298,7 +298,7 @@ def test_distillation_learns():
     """Keys of a block have something in common: from the repository's initial weights KL falls by far."""
     config = SeerConfig(block_size=4, topk=3, rope_theta=THETA)
     model = ModelConfig(vocab_size=2)
-    mixer = config.make(Sizes(DIM, 4, 2, 8, 0, 2))
+    mixer = config.make(Sizes(DIM, 4, 2, 8))
     with torch.no_grad():
         for name, parameter in mixer.named_parameters():
             parameter.copy_(initial_weight(name, parameter.shape, config=model, seed=0))

@@ -41,7 +41,7 @@ def document_of(*rows: tuple[int, ...]) -> Tensor:
 
 def made(config: SparseMixerConfig, heads: int = 4, kv_heads: int = 2) -> SparseMixer:
     config.validate("kind")
-    mixer = config.make(Sizes(DIM, heads, kv_heads, HEAD_DIM, layer=0, num_layers=1)).double()
+    mixer = config.make(Sizes(DIM, heads, kv_heads, HEAD_DIM)).double()
     for seed, parameter in enumerate(mixer.parameters()):
         parameter.data = draw(*parameter.shape, seed=100 + seed)
     return mixer
@@ -335,6 +335,7 @@ def test_pairs(begin, length):
         (LandmarkConfig(topk=0), "mixers.kind.topk must be >= 1; given 0"),
         (SlaConfig(block_size=0), "mixers.kind.block_size must be >= 1; given 0"),
         (SlaConfig(feature_map="relu"), "mixers.kind.feature_map=relu is not known; known are softmax, elu1"),
+        (MosaConfig(selection="expert", chunk=100), "mixers.kind.chunk=100 has no effect"),
         (MosaConfig(selection="token"), "mixers.kind.selection=token is not known; known are chunk, expert"),
         (MosaConfig(chunk=100), "mixers.kind.chunk=100 must be a multiple of mixers.kind.sparsity=16"),
         (MosaConfig(sparsity=0), "mixers.kind.sparsity must be >= 1; given 0"),
@@ -352,4 +353,4 @@ def test_what_layouts_and_models_are_told():
         config.validate("kind")
         assert config.whole == (4 if config in (LANDMARK, SLA) else 1)
         assert config.takes_sinks == (config is not SLA)
-    MosaConfig(selection="expert", chunk=100).validate("kind")  # has no chunks
+    MosaConfig(selection="expert").validate("kind")

@@ -22,7 +22,7 @@ from longctx.mixers.sparse.static_mixer import selection_at
 from longctx.verification.whole_sparse import WholeSparse
 
 TOTAL, HEADS, KV_HEADS, DIM = 41, 4, 2, 8
-SIZES = Sizes(dim=16, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, layer=0, num_layers=2)
+SIZES = Sizes(dim=16, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM)
 DOCUMENTS = torch.tensor([[0] * 17 + [17] + [18] * 23, [0] * TOTAL])
 
 # Of (i, j) of a document, int64 `[T, T]`, and the query head, of which two share a KV head; causality comes on top.
