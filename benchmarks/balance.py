@@ -132,6 +132,9 @@ def count(plans: Sequence[Plan], bounds: Sequence[int]) -> Balance:
         plan, kernel = plans[transport.rank], CountingKernel(owner, begins)
         x = own[transport.rank].double()[None, :, None, None]
         call = Call(
+            layout=layout,
+            schedule=plan.schedule,
+            total=total,
             plan=plan,
             transport=transport,
             kernel=kernel,
