@@ -90,12 +90,7 @@ def _mixers(layers: Layers, config: ModelConfig) -> list[nn.Module]:
             norm_eps=config.norm_eps,
         )
         if kind in LINEAR_KINDS
-        else SelfAttention(
-            config,
-            settings.sparse_kind(kind) if kind in SPARSE_KINDS else settings.softmax(kind),
-            layer=index,
-            num_layers=len(kinds),
-        )
+        else SelfAttention(config, settings.sparse_kind(kind) if kind in SPARSE_KINDS else settings.softmax(kind))
         for index, kind in enumerate(kinds)
     ]
 
