@@ -157,14 +157,14 @@ def test_seer_is_distilled_first_and_then_left_alone() -> None:
 def test_rows_of_other_settings_are_not_kept(tmp_path: Path) -> None:
     recipe = Recipe()
     rows = [
-        {"mixer": "softmax"},
+        {"mixer": "softmax", "environment": {"cpu": "an older one"}},
         {"mixer": "moba", "settings": told("moba")},
         {"mixer": "moba", "settings": {"moba": {**told("moba")["moba"], "topk": 2}}},
         {"mixer": "moba"},
     ]
     report = tmp_path / "mqar.json"
-    report.write_text(json.dumps({"recipe": asdict(recipe), "rows": rows}))
-    assert kept(report, recipe) == rows[:2]
+    report.write_text(json.dumps({"environment": {"cpu": "one"}, "recipe": asdict(recipe), "rows": rows}))
+    assert kept(report, recipe) == [rows[0], {**rows[1], "environment": {"cpu": "one"}}]
     assert kept(report, Recipe(steps=3)) == []
 
 
