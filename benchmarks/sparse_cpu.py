@@ -106,7 +106,8 @@ def numbers(options: argparse.Namespace, device: torch.device) -> list[Row]:
         one = problem(options, tokens, device)
         selection = selection_of(route(one, block_size=block, topk=3), block)
         ours = SelectedPass(one, selection, options.kernel)
-        ours.forward()
+        with torch.no_grad():
+            ours.forward()
         positions = torch.arange(tokens, device=device)
         wide = [x.double() for x in one[:3]]
         truth, _ = selected_attention(*wide, selection=selection, k_positions=positions)

@@ -53,7 +53,9 @@ keys used most, `group.key=value` (all of them, with what they mean: the files o
                                              which positions a rank owns; auto: what is predicted to be fastest
   attention.schedule=ring|double_ring|all_gather|ulysses|usp|auto
                                              whose keys and values arrive when, and how
-  attention.layers="gdn*3 + full"            kinds of layers, softmax and linear, repeated over the depth
+  attention.layers="gdn*3 + full"            kinds of layers, softmax, sparse and linear, repeated over the depth
+  mixers.moba.topk=8                         settings of a kind of layer: configs/mixers/default.yaml has all
+  attention.kv_moves=blocks                  sparse layers: which K/V travel: auto | all | hops | blocks
   attention.window=N                         keys that a token sees; attention.sinks=N first tokens stay visible
   train.steps=N                              optimizer steps of the whole run
   train.global_batch=N                       sequences per optimizer step, over all ranks

@@ -17,6 +17,7 @@ from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.op import resolve_kernel
 from longctx.kernels.block_sparse.selection import Selection, narrowed
 from longctx.kernels.contract import Request, Scores
+from longctx.kernels.positions import check_bounds
 from longctx.parallel.demand import Demand, Shards, agree, shards_of
 from longctx.parallel.heads import HeadSplit
 from longctx.parallel.layout import Layout
@@ -24,7 +25,7 @@ from longctx.parallel.schedule import Schedule, Shape
 from longctx.parallel.teams import Teams
 from longctx.parallel.transport import Transport
 from longctx.sparse_function import SelectedAttention, SparseCall, on_team
-from longctx.sparse_moves import MoveCosts, Moves, MovesName, distances, make_moves, move_costs, wanted_blocks
+from longctx.sparse_moves import MOVES, MoveCosts, Moves, MovesName, distances, make_moves, move_costs, wanted_blocks
 
 BUCKETS = 24  # of distances: 0, 1, 2-3, 4-7, ... blocks
 Bounds = Sequence[int]
@@ -110,6 +111,8 @@ class ContextParallelSparseAttention:
             raise ValueError(
                 f"the layout is for cp={self.layout.cp}, the transport's group has {self.transport.size} rank(s)"
             )
+        if self.moves not in MOVES:
+            raise ValueError(f"moves={self.moves} is not known; known are {', '.join(MOVES)} (attention.kv_moves)")
         self.schedule.teams(self.transport.size)
 
     def plan(self, bounds: Sequence[Bounds] | None, *, total: int, device: torch.device) -> SparsePlan:
@@ -121,7 +124,11 @@ class ContextParallelSparseAttention:
             device: of the tokens.
         """
         self.layout.check_total(total)
+        if bounds is not None and (not bounds or not all(hasattr(row, "__len__") for row in bounds)):
+            raise ValueError(f"bounds must be a list with cu_seqlens for each row, or for all rows; given {bounds}")
         rows = ((0, total),) if bounds is None else tuple(tuple(map(int, row)) for row in bounds)
+        for row in rows:
+            check_bounds(row, total=total)
         if len(set(rows)) == 1:
             rows = rows[:1]
         return SparsePlan(
@@ -260,6 +267,8 @@ class ContextParallelSparseAttention:
                 f"q, k, v must be [B, T, H, D], [B, T, HK, D], [B, T, HK, Dv] with T = {plan.tokens} tokens, as "
                 f"planned; given {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
             )
+        if len(plan.bounds) not in (1, q.shape[0]):
+            raise ValueError(f"need documents for all rows or for each; given {len(plan.bounds)} for {q.shape[0]} rows")
         if len({q.dtype, k.dtype, v.dtype}) != 1:
             raise ValueError(f"q, k, v must have one dtype; given {q.dtype}, {k.dtype}, {v.dtype}")
         if (plan.layout, plan.rank) != (self.layout, self.transport.rank):

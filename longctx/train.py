@@ -166,6 +166,8 @@ def loop(run: Run, *, checkpointer: Checkpointer, logger: MetricsLogger, meter: 
         selected = run.batches.stack.monitor.take()
         ways = tell_moves(run, selected, ways)
         told = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, **measured, **progress}
+        if result.added_loss:
+            told["added_loss"] = result.added_loss
         logger.log(step, {**told, **selected.metrics()})
         checkpointer.poll()
         if result.num_labels == 0:
@@ -253,6 +255,10 @@ def announce(run: Run, *, peak: Peak, kernels: dict[str, str], step: int) -> Non
         run.say(f"kernel of {kind}: {kernels[kind]}")
     for kind in stack.layers.sparse_kinds:
         run.say(f"kernel of {kind}: {kernels[kind]}")
+        settings = stack.layers.mixers.sparse_kind(kind)
+        note = settings.note(heads=run.model.num_heads, kv_heads=run.model.num_kv_heads)
+        if note is not None:
+            run.say(f"note: mixers.{kind}: {note}")
     if not stack.layers.softmax and not stack.layers.sparse:
         model = config.model
         unused = {"attention.schedule": config.attention.schedule, "model.num_kv_heads": model.num_kv_heads}

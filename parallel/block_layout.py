@@ -17,6 +17,8 @@ def block_layout(layout: Layout, *, block_size: int, total: int) -> Layout:
     if layout.cp == 1:
         return Layout("contiguous", 1)
     layout.check_total(total)
+    if block_size == 1:
+        return layout
     whole = total % block_size == 0 and all(
         segment.stride == 1 and segment.start % block_size == 0 and segment.count % block_size == 0
         for rank in range(layout.cp)

@@ -51,12 +51,14 @@ class StepResult:
         grad_norm: true global norm before clipping.
         num_labels: labels that counted.
         visible_pairs: (query, key) pairs of all sequences of the step.
+        added_loss: what layers want minimised besides, over the count of labels; not in `loss`.
     """
 
     loss: float
     grad_norm: float
     num_labels: int
     visible_pairs: int
+    added_loss: float = 0.0
 
 
 class Engine(Protocol):

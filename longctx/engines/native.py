@@ -76,21 +76,22 @@ class NativeEngine:
         labels, pairs = self._sum(
             [sum(b.num_labels for b in micro_batches), sum(b.visible_pairs for b in micro_batches)]
         )
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # of tokens, and of what layers add
         for index, batch in enumerate(micro_batches):
             self._fsdp.set_requires_gradient_sync(index == len(micro_batches) - 1)
             loss = self._loss_sum(batch)
-            # What layers want minimised besides is not among the losses that are told.
-            (sum(batch.plan.losses, start=loss) / max(labels, 1)).backward()
+            added = sum(batch.plan.losses, start=torch.zeros_like(loss))
             batch.plan.losses.clear()
-            loss_sum += loss.detach()
+            ((loss + added) / max(labels, 1)).backward()
+            sums += torch.stack([loss, added]).detach()
         norm = clip_grad_norm(self.model.parameters(), max_norm=self._max_norm, shard_group=self._shard_group)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}; the last checkpoint is untouched")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        dist.all_reduce(loss_sum)
-        return StepResult(loss_sum.item() / max(labels, 1), norm.item(), labels, pairs)
+        dist.all_reduce(sums)
+        loss_mean, added_mean = (sums / max(labels, 1)).tolist()
+        return StepResult(loss_mean, norm.item(), labels, pairs, added_mean)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:

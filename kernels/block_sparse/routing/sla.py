@@ -17,6 +17,7 @@ from torch import Tensor
 from longctx.kernels.merge import accumulator_dtype
 
 FEATURE_MAPS = ("softmax", "elu1")  # positive, so that only a query without a rest has a denominator of 0
+_NOISE = 64  # roundings of the sums, up to which their difference says nothing
 
 
 def features(x: Tensor, name: str) -> Tensor:
@@ -47,16 +48,15 @@ def left_out(picks: Tensor, *, block_size: int, positions: Tensor, first: Tensor
 def rest_of(every: Tensor, selected: Tensor, some: Tensor) -> Tensor:
     """Return normalised linear attention to what is not selected; 0, and gradients of 0, where that is nothing.
 
-    A denominator below the rounding of the sums it is the difference of says nothing: it is that rounding, which bounds
-    what the noise of a numerator can become.
+    Nothing is also a denominator that is no more than the rounding of the sums it is the difference of: there the
+    numerator is noise.
 
     Args:
         every, selected: `[B, T, H, Dv + 1]`, sums over all and over the selected, denominators last.
         some: bool `[B, T, H]`, whether anything is left out.
     """
-    rest = every - selected
-    limits = torch.finfo(rest.dtype)
-    least = (every[..., -1:].detach() * limits.eps).clamp(min=limits.tiny)
-    there = some[..., None]
-    numerator = torch.where(there, rest[..., :-1], 0.0)
-    return numerator / torch.where(there, torch.maximum(rest[..., -1:], least), 1.0)
+    rest, limits = every - selected, torch.finfo(every.dtype)
+    least = (every[..., -1:].detach() * (_NOISE * limits.eps)).clamp(min=limits.tiny)
+    there = some[..., None] & (rest[..., -1:] > least)
+    # Both are chosen before they are divided: a quotient that is thrown away would still have a gradient.
+    return torch.where(there, rest[..., :-1], 0.0) / torch.where(there, rest[..., -1:], 1.0)

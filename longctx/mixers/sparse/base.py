@@ -72,6 +72,10 @@ class SparseMixerConfig(SoftmaxMixerConfig):
         """Tell whether there is attention under a mask inside, which is the model's own: its kernel and schedule."""
         return False
 
+    def note(self, *, heads: int, kv_heads: int) -> str | None:
+        """Return what somebody who trains with these settings ought to know, if there is something."""
+        return None
+
     def requests(self, request: Request) -> tuple[tuple[Request, Weights], ...]:
         """Return what a layer asks its kernel for, where attention to selected keys is `request`."""
         return ((request, "softmax"),)
@@ -102,3 +106,9 @@ def at_least(kind: str, least: int, **values: int) -> None:
     for key, value in values.items():
         if value < least:
             raise ValueError(f"mixers.{kind}.{key} must be >= {least}; given {value}")
+
+
+def refuse_sinks(inputs: Inputs, who: str) -> None:
+    """Refuse sink logits where there is more than one softmax (ValueError)."""
+    if inputs.sink_logits is not None:
+        raise ValueError(f"{who} has more than one softmax, so sink_logits cannot join it; give None")

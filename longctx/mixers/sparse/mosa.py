@@ -50,6 +50,14 @@ class MosaConfig(SparseMixerConfig):
                 "chunk, chunk / sparsity tokens are kept"
             )
 
+    def note(self, *, heads: int, kv_heads: int) -> str | None:
+        if self.selection == "chunk":
+            return None
+        return (
+            "selection=expert is not causal: which tokens are kept depends on later ones, so losses are not those of a "
+            "model that could generate"
+        )
+
     def make(self, sizes: Sizes) -> SparseMixer:
         return Mosa(self, sizes)
 

@@ -10,7 +10,7 @@ from longctx.kernels.block_sparse.routing.nsa import compressed, compressed_seen
 from longctx.kernels.block_sparse.routing.pairs import routed_pairs, window_pairs
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.merge import accumulator_dtype
-from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least, refuse_sinks
 from longctx.mixers.sparse_place import SparsePlace
 
 
@@ -94,6 +94,7 @@ class Nsa(SparseMixer):
         self.branch_gates = nn.Linear(sizes.dim, 3 * sizes.heads, bias=False)
 
     def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
+        refuse_sinks(inputs, "NSA")
         q, k, v = inputs.q, inputs.k, inputs.v
         keys, values = self._compressed(inputs, place)
         stride, size = self.settings.compress_stride, self.settings.compress_size

@@ -48,6 +48,11 @@ class SeerConfig(SparseMixerConfig):
     def dense_beside(self) -> bool:
         return self.mode == "distill"
 
+    def note(self, *, heads: int, kv_heads: int) -> str | None:
+        if self.mode == "distill":
+            return None
+        return "mode=sparse leaves the gate as it is: without a checkpoint of mode=distill, blocks are chosen at random"
+
     def requests(self, request: Request) -> tuple[tuple[Request, Weights], ...]:
         return () if self.mode == "distill" else super().requests(request)
 

@@ -14,7 +14,7 @@ from longctx.kernels.block_sparse.selection import Selection, selected_blocks
 from longctx.kernels.contract import Request
 from longctx.kernels.merge import accumulator_dtype
 from longctx.kernels.precision import without_autocast
-from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least, refuse_sinks
 from longctx.mixers.sparse_place import SparsePlace
 
 
@@ -76,7 +76,7 @@ class Sla(SparseMixer):
         self.rest_weight = nn.Parameter(torch.zeros(sizes.heads, sizes.head_dim, sizes.head_dim))
 
     def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
-        assert inputs.sink_logits is None, "SlaConfig.takes_sinks"
+        refuse_sinks(inputs, "SLA")
         block_size = self.settings.block_size
         with torch.no_grad():
             means = place.gather_blocks(block_mean(inputs.k, place.own_blocks(block_size)), block_size=block_size)

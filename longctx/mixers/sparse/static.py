@@ -153,6 +153,16 @@ class S2Config(StaticConfig):
         if self.stride is not None:
             at_least(kind, 1, stride=self.stride)
 
+    def note(self, *, heads: int, kv_heads: int) -> str | None:
+        """Say what is seen by nobody, or costs more."""
+        if self.stride is None or self.stride <= kv_heads:
+            return None
+        if self.stride > heads:
+            return f"stride={self.stride} is more than model.num_heads={heads}: no head sees some of the past"
+        return (
+            f"stride={self.stride} is more than model.num_kv_heads={kv_heads}: K and V are copied for each query head"
+        )
+
     def of_model(self, *, heads: int, kv_heads: int) -> Self:
         """Return the settings with a number for `stride`."""
         return self if self.stride is not None else replace(self, stride=max(kv_heads, min(heads, 2)))

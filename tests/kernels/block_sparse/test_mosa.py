@@ -94,7 +94,7 @@ def test_expert_choice(sparsity):
 
 @pytest.mark.parametrize(("dim", "heads"), [(96, 1), (128, 2)])
 def test_scores_have_the_same_bits_however_tokens_are_cut(dim, heads, monkeypatch):
-    monkeypatch.setattr(steady, "_AT_ONCE", 64 * dim)  # several steps
+    monkeypatch.setattr(steady, "AT_ONCE", 64 * dim)  # several steps
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(size, generator=generator) for size in ((2, 300, dim), (heads, dim)))
     whole = router_scores(x, weight)
