@@ -147,35 +147,41 @@ class ContextParallelAttention:
         return Attention.apply(q, k, v, sink_logits, call)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, plan: Plan) -> None:
-        if len({q.dtype, k.dtype, v.dtype}) != 1:
-            raise ValueError(f"q, k, v must have one dtype; given {q.dtype}, {k.dtype}, {v.dtype}")
-        if q.dtype not in DTYPES:
-            raise ValueError(f"q, k, v must be float64, float32, bfloat16 or float16; given {q.dtype}")
+        check_qkv(q, k, v, tokens=plan.tokens)
         if (plan.layout, plan.schedule, plan.rank) != (self.layout, self.schedule, self.transport.rank):
             raise ValueError(
                 f"the plan is rank {plan.rank}'s for {plan.layout} and {plan.schedule}; this is rank "
                 f"{self.transport.rank} with {self.layout} and {self.schedule}: make it with this object's `plan`"
             )
-        fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:2] == v.shape[:2] == q.shape[:2]
-        if not fits or k.shape[2] != v.shape[2] or k.shape[3] != q.shape[3] or q.shape[1] != plan.tokens:
-            raise ValueError(
-                f"q, k, v must be [B, T, H, D], [B, T, HK, D], [B, T, HK, Dv] with T = {plan.tokens} tokens, as "
-                f"planned; given {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-            )
         if plan.rows not in (1, q.shape[0]):
             raise ValueError(f"need one mask or one per row; given {plan.rows} for a batch of {q.shape[0]}")
         heads, kv_heads = q.shape[2], k.shape[2]
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads; given {heads} and {kv_heads} "
-                "(model.num_heads, model.num_kv_heads)"
-            )
         self.schedule.check(self.layout.cp, heads=heads, kv_heads=kv_heads)
         for mask in plan.masks:
             if isinstance(mask, HeadMasks) and len(mask.masks) != heads:
                 raise ValueError(f"the mask has {len(mask.masks)} heads, q has {heads}")
         if sink_logits is not None and sink_logits.shape != (heads,):
             raise ValueError(f"sink_logits must be [H] = [{heads}]; given {tuple(sink_logits.shape)}")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, tokens: int) -> None:
+    """Refuse shapes and dtypes that do not fit each other or a plan's tokens (ValueError)."""
+    if len({q.dtype, k.dtype, v.dtype}) != 1:
+        raise ValueError(f"q, k, v must have one dtype; given {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q, k, v must be float64, float32, bfloat16 or float16; given {q.dtype}")
+    fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:2] == v.shape[:2] == q.shape[:2]
+    if not fits or k.shape[2] != v.shape[2] or k.shape[3] != q.shape[3] or q.shape[1] != tokens:
+        raise ValueError(
+            f"q, k, v must be [B, T, H, D], [B, T, HK, D], [B, T, HK, Dv] with T = {tokens} tokens, as "
+            f"planned; given {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads; given {heads} and {kv_heads} "
+            "(model.num_heads, model.num_kv_heads)"
+        )
 
 
 def context_parallel_attention(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longctx.arrangement import Arrangement
+from longctx.attention import check_qkv
 from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.op import resolve_kernel
 from longctx.kernels.block_sparse.selection import Selection, narrowed
@@ -161,7 +162,8 @@ class ContextParallelSparseAttention:
         Args:
             q: `[B, T, H, D]` with T this rank's tokens in the layout's order.
             k, v: `[B, T, HK, D]` and `[B, T, HK, Dv]`; HK divides H.
-            selection: of this rank's queries, for H or HK heads, for B rows or one.
+            selection: of this rank's queries, for H or HK heads, for B rows or one. Ranks agree on what is needed once
+                for each object: those that give the same one again do so together.
             plan: from `plan`.
             gates: `[B, T, H, S]` with weights `gated`, where slots are blocks that the layout keeps whole.
             weights: `softmax`, `gated` or `sum`: see `kernels.block_sparse.contract`.
@@ -261,21 +263,12 @@ class ContextParallelSparseAttention:
         return make_moves(name, self.schedule, static=shown.needs, demand=demand, team=team)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection, plan: SparsePlan) -> None:
-        fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:2] == v.shape[:2] == q.shape[:2]
-        if not fits or k.shape[2] != v.shape[2] or k.shape[3] != q.shape[3] or q.shape[1] != plan.tokens:
-            raise ValueError(
-                f"q, k, v must be [B, T, H, D], [B, T, HK, D], [B, T, HK, Dv] with T = {plan.tokens} tokens, as "
-                f"planned; given {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-            )
+        check_qkv(q, k, v, tokens=plan.tokens)
         if len(plan.bounds) not in (1, q.shape[0]):
             raise ValueError(f"need documents for all rows or for each; given {len(plan.bounds)} for {q.shape[0]} rows")
-        if len({q.dtype, k.dtype, v.dtype}) != 1:
-            raise ValueError(f"q, k, v must have one dtype; given {q.dtype}, {k.dtype}, {v.dtype}")
         if (plan.layout, plan.rank) != (self.layout, self.transport.rank):
             raise ValueError(f"the plan is rank {plan.rank}'s for {plan.layout}; this is rank {self.transport.rank}'s")
         heads, kv_heads = q.shape[2], k.shape[2]
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads; given {heads} and {kv_heads}")
         self.schedule.check(self.layout.cp, heads=heads, kv_heads=kv_heads)
         for part in selection.parts():
             if part.heads not in (heads, kv_heads) or part.rows not in (1, q.shape[0]):

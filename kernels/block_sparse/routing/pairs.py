@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from longctx.kernels.block_sparse.patterns.counts import triangle
+
 
 def block_rows(begin: int, length: int, block_size: int) -> Iterator[tuple[int, int]]:
     """Yield, for each block that the document `begin ... begin + length - 1` touches, how many of its tokens lie in it
@@ -12,20 +14,9 @@ def block_rows(begin: int, length: int, block_size: int) -> Iterator[tuple[int, 
         yield rows, block - first
 
 
-def causal_pairs(rows: int) -> int:
-    """Return the pairs of `rows` tokens of which each sees itself and those before it."""
-    return rows * (rows + 1) // 2
-
-
 def routed_pairs(begin: int, length: int, *, block_size: int, others: int) -> int:
     """Return the pairs of queries that see their own block and the best `others` before it, each counted as a whole."""
     return sum(
-        causal_pairs(rows) + min(others, before) * block_size * rows
+        triangle(rows) + min(others, before) * block_size * rows
         for rows, before in block_rows(begin, length, block_size)
     )
-
-
-def window_pairs(length: int, window: int) -> int:
-    """Return the pairs of a document of which each token sees the last `window`."""
-    full = max(0, length - window)
-    return causal_pairs(length - full) + full * window

@@ -52,15 +52,20 @@ class Moba(SparseMixer):
 
     def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
         block_size = self.settings.block_size
-        with torch.no_grad():
-            means = place.gather_blocks(block_mean(inputs.k, place.own_blocks(block_size)), block_size=block_size)
-            chosen = moba_blocks(
-                inputs.q,
-                means,
-                blocks=place.all_blocks(block_size),
-                positions=place.positions,
-                first=place.first,
-                topk=self.settings.topk,
-            )
+        chosen = best_blocks(inputs, place, block_size=block_size, topk=self.settings.topk)
         selection = selected_blocks(chosen, block_size=block_size, positions=place.positions, first=place.first)
         return place.attend(inputs.q, inputs.k, inputs.v, selection=selection, sink_logits=inputs.sink_logits)
+
+
+@torch.no_grad()
+def best_blocks(inputs: Inputs, place: SparsePlace, *, block_size: int, topk: int) -> Tensor:
+    """Return the own block and those before it of the best mean keys: int64 `[B, T, H, topk]`, -1 where there are fewer."""
+    means = place.gather_blocks(block_mean(inputs.k, place.own_blocks(block_size)), block_size=block_size)
+    return moba_blocks(
+        inputs.q,
+        means,
+        blocks=place.all_blocks(block_size),
+        positions=place.positions,
+        first=place.first,
+        topk=topk,
+    )

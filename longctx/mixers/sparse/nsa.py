@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from longctx.kernels.block_sparse.blocks import block_mean
+from longctx.kernels.block_sparse.patterns.counts import last
 from longctx.kernels.block_sparse.routing.nsa import compressed, compressed_seen, nsa_blocks
-from longctx.kernels.block_sparse.routing.pairs import routed_pairs, window_pairs
+from longctx.kernels.block_sparse.routing.pairs import routed_pairs
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.merge import accumulator_dtype
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least, refuse_sinks
@@ -73,10 +74,10 @@ class NsaConfig(SparseMixerConfig):
     def pairs(self, begin: int, length: int) -> int:
         stride, size = self.compress_stride, self.compress_size
         selected = routed_pairs(begin, length, block_size=self.block_size, others=self.select - 1)
-        first, last = begin // stride + size // stride, (begin + length) // stride
+        least, most = begin // stride + size // stride, (begin + length) // stride
         # A compressed block that ends with cell n is seen from that cell's last token on.
-        compress = sum(begin + length - (cell * stride - 1) for cell in range(first, last + 1))
-        return compress + selected + window_pairs(length, self.window)
+        compress = sum(begin + length - (cell * stride - 1) for cell in range(least, most + 1))
+        return compress + selected + last(length, self.window)
 
 
 class Nsa(SparseMixer):

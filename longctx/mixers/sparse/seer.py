@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from longctx.kernels.block_sparse.contract import Weights
+from longctx.kernels.block_sparse.patterns.counts import triangle
 from longctx.kernels.block_sparse.routing.distill import Teacher, gate_loss
-from longctx.kernels.block_sparse.routing.pairs import causal_pairs, routed_pairs
+from longctx.kernels.block_sparse.routing.pairs import routed_pairs
 from longctx.kernels.block_sparse.routing.seer import gate_keys, gate_queries, pooled, seer_blocks
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.contract import Request
@@ -89,7 +90,7 @@ class SeerConfig(SparseMixerConfig):
 
     def pairs(self, begin: int, length: int) -> int:
         if self.mode == "distill":
-            return causal_pairs(length)
+            return triangle(length)
         return routed_pairs(begin, length, block_size=self.block_size, others=self.topk - 1)
 
 

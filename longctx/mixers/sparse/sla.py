@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from longctx.kernels.block_sparse.blocks import block_mean
 from longctx.kernels.block_sparse.contract import Weights
-from longctx.kernels.block_sparse.routing.moba import moba_blocks
 from longctx.kernels.block_sparse.routing.pairs import routed_pairs
 from longctx.kernels.block_sparse.routing.sla import FEATURE_MAPS, features, left_out, rest_of, with_ones
 from longctx.kernels.block_sparse.selection import Selection, selected_blocks
@@ -15,6 +13,7 @@ from longctx.kernels.contract import Request
 from longctx.kernels.merge import accumulator_dtype
 from longctx.kernels.precision import without_autocast
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least, refuse_sinks
+from longctx.mixers.sparse.moba import best_blocks
 from longctx.mixers.sparse_place import SparsePlace
 
 
@@ -78,16 +77,7 @@ class Sla(SparseMixer):
     def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
         refuse_sinks(inputs, "SLA")
         block_size = self.settings.block_size
-        with torch.no_grad():
-            means = place.gather_blocks(block_mean(inputs.k, place.own_blocks(block_size)), block_size=block_size)
-            picks = moba_blocks(
-                inputs.q,
-                means,
-                blocks=place.all_blocks(block_size),
-                positions=place.positions,
-                first=place.first,
-                topk=self.settings.topk,
-            )
+        picks = best_blocks(inputs, place, block_size=block_size, topk=self.settings.topk)
         chosen = selected_blocks(picks, block_size=block_size, positions=place.positions, first=place.first)
         some = left_out(picks[..., :-1], block_size=block_size, positions=place.positions, first=place.first)
         out = place.attend(inputs.q, inputs.k, inputs.v, selection=chosen)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from longctx.kernels.block_sparse.routing.pairs import causal_pairs, routed_pairs, window_pairs
+from longctx.kernels.block_sparse.patterns.counts import last, triangle
+from longctx.kernels.block_sparse.routing.pairs import routed_pairs
 
 
 @pytest.mark.parametrize("begin", [0, 3, 4, 9])
@@ -17,7 +18,7 @@ def test_routed_pairs(begin, length, others):
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 23])
-def test_window_and_causal_pairs(length):
-    assert causal_pairs(length) == sum(range(1, length + 1))
+def test_window_and_triangle(length):
+    assert triangle(length) == sum(range(1, length + 1))
     for window in (1, 3, 5, 50):
-        assert window_pairs(length, window) == sum(min(i, window) for i in range(1, length + 1))
+        assert last(length, window) == sum(min(i, window) for i in range(1, length + 1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longctx.kernels.block_sparse.routing.pairs import causal_pairs
+from longctx.kernels.block_sparse.patterns.counts import triangle
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer
 from longctx.mixers.sparse.moba import MobaConfig
 from longctx.mixers.sparse.nsa import NsaConfig
@@ -356,7 +356,7 @@ def test_pairs(begin, length):
     tokens = range(begin, begin + length)
     assert MOBA.pairs(begin, length) == sum(routed(t, 2) for t in tokens)
     assert SEER.pairs(begin, length) == sum(routed(t, 2) for t in tokens)
-    assert replace(SEER, mode="distill").pairs(begin, length) == causal_pairs(length)
+    assert replace(SEER, mode="distill").pairs(begin, length) == triangle(length)
     seen = {t: len(nsa_compressed(torch.zeros(begin + length, 1), t, begin, size=4, stride=2)) for t in tokens}
     want = sum(routed(t, 3) + min(5, t - begin + 1) + seen[t] for t in tokens)
     assert NSA.pairs(begin, length) == want
