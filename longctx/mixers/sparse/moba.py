@@ -59,7 +59,7 @@ class Moba(SparseMixer):
 
 @torch.no_grad()
 def best_blocks(inputs: Inputs, place: SparsePlace, *, block_size: int, topk: int) -> Tensor:
-    """Return the own block and those before it of the best mean keys: int64 `[B, T, H, topk]`, -1 where there are fewer."""
+    """Return the own block and those before it of the best mean keys: int64 `[B, T, H, topk]`, -1 where fewer."""
     means = place.gather_blocks(block_mean(inputs.k, place.own_blocks(block_size)), block_size=block_size)
     return moba_blocks(
         inputs.q,
