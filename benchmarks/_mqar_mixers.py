@@ -42,6 +42,7 @@ MIXERS = {
     "routing": "routing",
     "sla": "sla",
     "moba_full": "moba + full",
+    "moba_3_1": "moba*3 + full",
     "nsa_full": "nsa + full",
     "mosa_full": "mosa + full",
 }
