@@ -208,10 +208,13 @@ def test_mixers_recall_what_they_see_and_can_store() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_sparse_attention_recalls_most_and_with_a_softmax_layer_all() -> None:
-    """At the benchmark's own size and recipe: 5 of 8 blocks by the means of keys; one dense layer finds the rest."""
+    """At the benchmark's own size and recipe: 5 of 8 blocks by the means of keys; one dense layer finds the rest.
+
+    Of seed 0: with seed 1 the hybrid ends at 0.9885 (benchmarks/results/mqar.json).
+    """
     task = Task(64, 8, 256)
     assert reached("moba", task, Recipe()) >= 0.85
-    assert reached("moba_full", task, Recipe()) >= 0.99
+    assert reached("mosa_full", task, Recipe()) >= 0.99
 
 
 def reached(mixer: str, task: Task, recipe: Recipe) -> float:
