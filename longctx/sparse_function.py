@@ -73,7 +73,7 @@ def on_team(arrangement: Arrangement, selection: Selection, *, device: torch.dev
     # Half the bytes; positions of longer sequences do not fit.
     small = torch.int32 if arrangement.total < 2**31 else torch.int64
     moved = to_heads(team, [x.to(small) for x in tensors], [share] * len(tensors), order)
-    lo, hi, *rest = (x.to(torch.int64) for x in moved)
+    lo, hi, *rest = moved
     key_class = selection.key_class
     if key_class is not None:
         key_class = key_class[:, :, torch.tensor(share[team.rank], device=key_class.device)]

@@ -25,6 +25,7 @@ from longctx.mixers.shape import linear_shape
 from longctx.mixers.sparse.base import SparseMixerConfig
 from longctx.model import ModelConfig
 from longctx.parallel.balance import visible_pairs
+from longctx.parallel.cost import in_bytes
 from longctx.parallel.layout import Layout
 from longctx.parallel.plan import Plan
 from longctx.parallel.relayout import relayout
@@ -293,19 +294,15 @@ def describe_linear(shape: StackShape, *, states: Layout, sequences: int = 1) ->
     if states.cp == 1:
         return [line]
     sent, relayouts = shape.most(states), shape.relayouts(states).total()
-    told = f"{_size(sent.states * sequences)} of states"
+    told = f"{in_bytes(sent.states * sequences)} of states"
     if sent.halos:
-        told += f" and {_size(sent.halos * sequences)} of halos"
+        told += f" and {in_bytes(sent.halos * sequences)} of halos"
     of = f"{sequences} sequence(s), forward and backward"
     lines = [f"{line}, {states.describe()}, {shape.passing.name}: a rank sends at most {told} for {of}"]
     if relayouts:
         change = f"{shape.softmax_layout.describe()} <-> {states.describe()}"
         lines.append(
             f"relayout: {relayouts} of the hidden states per forward, {change}: a rank sends at most "
-            f"{_size(sent.moved * sequences)} for {of}"
+            f"{in_bytes(sent.moved * sequences)} for {of}"
         )
     return lines
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from longctx.kernels.mask import HeadMasks, plain_masks
 from longctx.kernels.positions import cut, total_pairs
 from longctx.kernels.tiles import tiles_between
-from longctx.parallel.cost import traffic
+from longctx.parallel.cost import in_bytes, traffic
 from longctx.parallel.layout import Layout
 from longctx.parallel.plan import AnyMask, Plan, plan
 from longctx.parallel.schedule import Schedule, Shape
@@ -109,13 +109,9 @@ def _sends(plans: Sequence[Plan], shape: Shape, *, batch: int) -> str:
     who = "a rank sends at most" if len(plans) > 1 or len(needed) == 1 else "rank 0 sends"
     hops = f"{made} of {possible} hops needed; " if possible else ""
     return (
-        f"{hops}per layer {who} {_size(forward.bytes)} in {forward.hops} exchange(s) forward, "
-        f"{_size(backward.bytes)} in {backward.hops} backward"
+        f"{hops}per layer {who} {in_bytes(forward.bytes)} in {forward.hops} exchange(s) forward, "
+        f"{in_bytes(backward.bytes)} in {backward.hops} backward"
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
 def visible_pairs(mask: AnyMask, *, total: int) -> int:

@@ -44,3 +44,8 @@ def _plus(a: Sent, b: Sent) -> Sent:
 
 def _times(sent: Sent, rows: int) -> Sent:
     return Sent(sent.hops, {peer: rows * count for peer, count in sent.bytes_to.items()})
+
+
+def in_bytes(count: float) -> str:
+    """Return a number of bytes in words: `1.2 MB`, `3.4 kB`."""
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from longctx.parallel.cost import in_bytes
+
 
 class Moved(Protocol):
     """What one layer moved: `sparse_attention.Movement`."""
@@ -70,7 +72,7 @@ class SparseSummary:
             density = sum(moved.density for moved in each) / len(each)
             told[kind] = f"{' and '.join(ways)}"
             if whole:
-                told[kind] += f": union density {density:.0%}, {_size(sent)} of {_size(whole)} sent in this step"
+                told[kind] += f": union density {density:.0%}, {in_bytes(sent)} of {in_bytes(whole)} sent in this step"
         return told
 
     def ways(self) -> dict[str, tuple[str, ...]]:
@@ -82,7 +84,3 @@ def _shares(counts: Sequence[int]) -> dict[int, float]:
     """Return the share of each distance that occurs up to the farthest: 0, 1, 2 (to 3), 4 (to 7), ..."""
     total, last = sum(counts), max((index for index, count in enumerate(counts) if count), default=-1)
     return {(0 if not index else 1 << (index - 1)): counts[index] / total for index in range(last + 1)}
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
