@@ -55,9 +55,9 @@ class SparseSummary:
         """
         found: dict[str, float] = {}
         for kind, each in self._moved.items():
-            sent, whole = (sum(moved.sent[part] for moved in each) for part in (0, 1))
+            sent, whole, density = _together(each)
             counts = [sum(column) for column in zip(*(moved.distances for moved in each), strict=True)]
-            found[f"sparse/{kind}/union_density"] = sum(moved.density for moved in each) / len(each)
+            found[f"sparse/{kind}/union_density"] = density
             found[f"sparse/{kind}/sent_bytes"] = sent
             found[f"sparse/{kind}/skipped_bytes"] = whole - sent
             found |= {f"sparse/{kind}/distance_{name}": share for name, share in _shares(counts).items()}
@@ -66,11 +66,9 @@ class SparseSummary:
     def choices(self) -> dict[str, str]:
         """Return, for each kind, how K/V moved and why, in words."""
         told = {}
-        for kind, each in self._moved.items():
-            ways = sorted({moved.moves for moved in each})
-            sent, whole = (sum(moved.sent[part] for moved in each) for part in (0, 1))
-            density = sum(moved.density for moved in each) / len(each)
-            told[kind] = f"{' and '.join(ways)}"
+        for kind, ways in self.ways().items():
+            sent, whole, density = _together(self._moved[kind])
+            told[kind] = " and ".join(ways)
             if whole:
                 told[kind] += f": union density {density:.0%}, {in_bytes(sent)} of {in_bytes(whole)} sent in this step"
         return told
@@ -78,6 +76,12 @@ class SparseSummary:
     def ways(self) -> dict[str, tuple[str, ...]]:
         """Return the ways that were taken, by kind."""
         return {kind: tuple(sorted({moved.moves for moved in each})) for kind, each in self._moved.items()}
+
+
+def _together(each: Sequence[Moved]) -> tuple[int, int, float]:
+    """Return the bytes that were sent, those of dense attention, and the mean density."""
+    sent, whole = (sum(moved.sent[part] for moved in each) for part in (0, 1))
+    return sent, whole, sum(moved.density for moved in each) / len(each)
 
 
 def _shares(counts: Sequence[int]) -> dict[int, float]:
