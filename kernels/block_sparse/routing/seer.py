@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longctx.kernels.block_sparse.blocks import Blocks, block_mean, by_block, members
 from longctx.kernels.block_sparse.routing.moba import own_slots
-from longctx.kernels.block_sparse.routing.topk import SCORES, Chunk, chunk_shape, chunks, route, top_blocks
+from longctx.kernels.block_sparse.routing.topk import SCORES, Chunk, assembled, chunk_shape, chunks, route, top_blocks
 from longctx.kernels.merge import accumulator_dtype
 from longctx.kernels.precision import in_full_float32, without_autocast
 
@@ -46,16 +46,14 @@ def gate_queries(q: Tensor, weight: Tensor, *, block_size: int) -> Tensor:
     group = q.shape[2] // kv_heads
     nowhere = torch.zeros(1, q.shape[1], dtype=torch.int64, device=q.device)
     shape = chunk_shape(batch=q.shape[0], kv_heads=kv_heads, rows=block_size, keys=width + size)
-    pieces: list[Tensor] = []
-    of_heads: list[Tensor] = []
-    for chunk in chunks(q, kv_heads=kv_heads, block_size=block_size, positions=nowhere[0], first=nowhere, shape=shape):
+    cut = chunks(q, kv_heads=kv_heads, block_size=block_size, positions=nowhere[0], first=nowhere, shape=shape)
+
+    def gated(chunk: Chunk) -> Tensor:
         rows = chunk.q.transpose(3, 4).flatten(4)  # [B, n, h, block, G D]
         assert rows.shape[-1] == group * q.shape[-1] == width, (rows.shape, weight.shape)
-        of_heads.append(torch.matmul(rows, weight[chunk.heads].to(rows.dtype)).permute(0, 1, 3, 2, 4).flatten(1, 2))
-        if chunk.heads.stop >= kv_heads:
-            pieces.append(torch.cat(of_heads, dim=2))
-            of_heads = []
-    return torch.cat(pieces, dim=1)[:, : q.shape[1]]
+        return torch.matmul(rows, weight[chunk.heads].to(rows.dtype)).permute(0, 1, 3, 2, 4)
+
+    return assembled(((chunk, gated(chunk)) for chunk in cut), kv_heads=kv_heads)[:, : q.shape[1]]
 
 
 def seer_blocks(

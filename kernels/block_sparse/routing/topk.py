@@ -5,7 +5,7 @@ alone, never on how many tokens a rank has: a rank's last chunk is filled with z
 product of its own, and every one is against all blocks; what a query may not choose is masked afterwards.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -113,14 +113,21 @@ def route(
     rows = block_size * (q.shape[2] // kv_heads)
     shape = chunk_shape(batch=batch, kv_heads=kv_heads, rows=rows, keys=summaries.shape[1], scores=scores)
     cut = chunks(q, kv_heads=kv_heads, block_size=block_size, positions=positions, first=first, shape=shape)
+    return assembled(((chunk, choose(scored(chunk, summaries), chunk)) for chunk in cut), kv_heads=kv_heads)[
+        :, : q.shape[1]
+    ]
+
+
+def assembled(parts: Iterable[tuple[Chunk, Tensor]], *, kv_heads: int) -> Tensor:
+    """Put together what was made of chunks, `[B, n, block_size, a chunk's heads, ...]` each: `[B, T, heads, ...]`."""
     pieces: list[Tensor] = []
     of_heads: list[Tensor] = []
-    for chunk in cut:
-        of_heads.append(choose(scored(chunk, summaries), chunk).flatten(1, 2))
+    for chunk, made in parts:
+        of_heads.append(made.flatten(1, 2))
         if chunk.heads.stop >= kv_heads:
             pieces.append(torch.cat(of_heads, dim=2))
             of_heads = []
-    return torch.cat(pieces, dim=1)[:, : q.shape[1]]
+    return torch.cat(pieces, dim=1)
 
 
 def top_blocks(scores: Tensor, count: int) -> Tensor:
