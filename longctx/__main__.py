@@ -1,8 +1,6 @@
 """Run the command line: `python -m longctx` is the `longctx` command."""
 
-import sys
-
-from longctx.cli import main
+from longctx.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

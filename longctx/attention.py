@@ -6,7 +6,6 @@ meet here and in `attention_function.py`, which runs them, and nowhere else.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -254,12 +253,7 @@ def transport_of(group: dist.ProcessGroup | Transport | None) -> Transport:
     if group is None:
         return Alone()
     if isinstance(group, dist.ProcessGroup):
-        return _of_group(group)
+        return ProcessGroupTransport(group)
     if not hasattr(group, "exchange"):
         raise ValueError(f"group must be a torch.distributed process group or None; given {group!r}")
     return group
-
-
-@lru_cache(maxsize=16)  # on nccl making one is a collective call
-def _of_group(group: dist.ProcessGroup) -> ProcessGroupTransport:
-    return ProcessGroupTransport(group)

@@ -4,10 +4,13 @@ Only the standard library is imported here; a command's own module is imported w
 works where torch is missing or broken.
 """
 
+import atexit
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 USAGE = """\
 usage: longctx <command> [arguments]
@@ -174,6 +177,24 @@ def usage() -> str:
     return USAGE.format(commands="\n".join(lines))
 
 
+def run() -> NoReturn:
+    """Run the process's own command line and end the process with its status."""
+    leave(main())
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with `status`, after the exit handlers and without taking the interpreter apart.
+
+    torch's caches hold device meshes, and those their gloo groups, whose threads live on after
+    `destroy_process_group`. One that still has to let go of a tensor when Python is being taken apart aborts the
+    process ("terminate called without an active exception"), and a finished run would look like a failed one.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
@@ -200,5 +221,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "-h" in rest or "--help" in rest:
         print(command.help, end="")
         return 0
-    run = importlib.import_module(command.module).main
-    return int(run(rest))
+    return int(importlib.import_module(command.module).main(rest))

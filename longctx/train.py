@@ -16,7 +16,7 @@ from longctx.checkpoint.durable import write_synced
 from longctx.checkpoint.rng import KEY as RNG
 from longctx.checkpoint.rng import reseed, rng_state
 from longctx.checkpoint.version import code_version
-from longctx.cli import TRAIN_HELP
+from longctx.cli import TRAIN_HELP, leave
 from longctx.config import Config, load_config
 from longctx.data.batches import grad_accum_steps
 from longctx.engines.engine import DTYPES
@@ -297,4 +297,4 @@ def _silent(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,12 +7,17 @@ loopback transport (`loopback.py`) simulates N ranks in one process with the sam
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Parcels = Mapping[int, Sequence[Tensor]]
+
+# Groups of nccl whose ranks know each other. Weakly: a group that something holds until the interpreter ends keeps its
+# threads, and gloo's then abort the process now and then ("terminate called without an active exception").
+_connected: WeakSet[dist.ProcessGroup] = WeakSet()
 
 
 @dataclass(slots=True)
@@ -70,7 +75,7 @@ class ProcessGroupTransport:
     """Hops over `torch.distributed` point-to-point calls."""
 
     def __init__(self, group: dist.ProcessGroup, *, far_group: dist.ProcessGroup | None = None) -> None:
-        """Wrap a group (collective over it where the backend is nccl).
+        """Wrap a group (collective over it where the backend is nccl and the group is new).
 
         Args:
             group: the context-parallel group.
@@ -81,10 +86,11 @@ class ProcessGroupTransport:
         self.size = dist.get_world_size(group)
         self.traffic = Traffic()
         self._lanes = (group, far_group or group)
-        for each in {id(lane): lane for lane in self._lanes}.values():
-            if self.size > 1 and dist.get_backend(each) == "nccl":
+        for each in self._lanes:
+            if self.size > 1 and each not in _connected and dist.get_backend(each) == "nccl":
                 # nccl hangs if the first point-to-point call of a group does not involve all of its ranks.
                 dist.all_reduce(torch.zeros(1, device=torch.device("cuda", torch.cuda.current_device())), group=each)
+                _connected.add(each)
 
     def exchange(self, outgoing: Parcels, incoming: Parcels, *, lane: int = 0) -> Exchange:
         group = self._lanes[lane]
