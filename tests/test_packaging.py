@@ -46,4 +46,4 @@ def test_metadata(wheel):
     assert "\nName: longctx\n" in text
     assert "\nLicense-Expression: Apache-2.0\n" in text
     (entry_points,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
-    assert "longctx = longctx.cli:main" in wheel.read(entry_points).decode()
+    assert "longctx = longctx.cli:run" in wheel.read(entry_points).decode()
