@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.routing.landmark import last_of_blocks, own_block_lse, picked_scores
 from longctx.kernels.block_sparse.routing.moba import moba_blocks
-from longctx.kernels.block_sparse.routing.pairs import routed_pairs
+from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.contract import Request
 from longctx.kernels.merge import accumulator_dtype

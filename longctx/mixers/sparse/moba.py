@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longctx.kernels.block_sparse.blocks import block_mean
 from longctx.kernels.block_sparse.routing.moba import moba_blocks
-from longctx.kernels.block_sparse.routing.pairs import routed_pairs
+from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
 from longctx.mixers.sparse_place import SparsePlace

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from longctx.kernels.block_sparse.blocks import block_mean
 from longctx.kernels.block_sparse.patterns.counts import last
 from longctx.kernels.block_sparse.routing.nsa import compressed, compressed_seen, nsa_blocks
-from longctx.kernels.block_sparse.routing.pairs import routed_pairs
+from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.merge import accumulator_dtype
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least, refuse_sinks

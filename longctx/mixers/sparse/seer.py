@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.patterns.counts import triangle
 from longctx.kernels.block_sparse.routing.distill import Teacher, gate_loss
-from longctx.kernels.block_sparse.routing.pairs import routed_pairs
+from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.routing.seer import gate_keys, gate_queries, pooled, seer_blocks
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.contract import Request
@@ -46,6 +46,10 @@ class SeerConfig(SparseMixerConfig):
         return self.block_size
 
     @property
+    def selects(self) -> bool:
+        return self.mode != "distill"
+
+    @property
     def dense_beside(self) -> bool:
         return self.mode == "distill"
 
@@ -55,7 +59,7 @@ class SeerConfig(SparseMixerConfig):
         return "mode=sparse leaves the gate as it is: without a checkpoint of mode=distill, blocks are chosen at random"
 
     def requests(self, request: Request) -> tuple[tuple[Request, Weights], ...]:
-        return () if self.mode == "distill" else super().requests(request)
+        return super().requests(request) if self.selects else ()
 
     def validate(self, kind: str) -> None:
         at_least(kind, 1, block_size=self.block_size, topk=self.topk)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.kernels.block_sparse.contract import Weights
-from longctx.kernels.block_sparse.routing.pairs import routed_pairs
+from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.routing.sla import FEATURE_MAPS, features, left_out, rest_of, with_ones
 from longctx.kernels.block_sparse.selection import Selection, selected_blocks
 from longctx.kernels.contract import Request

@@ -3,7 +3,7 @@
 import pytest
 
 from longctx.kernels.block_sparse.patterns.counts import last, triangle
-from longctx.kernels.block_sparse.routing.pairs import routed_pairs
+from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 
 
 @pytest.mark.parametrize("begin", [0, 3, 4, 9])
