@@ -1,4 +1,4 @@
-"""Vertical-slash and A-shape patterns of MInference (arXiv 2407.02490): some columns, some diagonals, a window."""
+"""The vertical-slash pattern of MInference (arXiv 2407.02490): some columns, some diagonals, a window."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,11 +81,6 @@ class VerticalSlash:
     def _bands(self) -> list[list[Run]]:
         """Return the distances that are seen, the window among them, by head, or of one for all."""
         return [_runs_of(some, Run(0, self.window - 1)) for some in _by_head(self.slash)]
-
-
-def a_shape(*, first: int, window: int) -> VerticalSlash:
-    """Return the A-shape: the first tokens of the document, and the last ones (StreamingLLM, arXiv 2309.17453)."""
-    return VerticalSlash(vertical=tuple(range(first)), window=window)
 
 
 def _by_head(offsets: Offsets) -> Sequence[tuple[int, ...]]:

@@ -11,7 +11,7 @@ from longctx.kernels.block_sparse.patterns.neighborhood import Neighborhood
 from longctx.kernels.block_sparse.patterns.pattern import Pattern
 from longctx.kernels.block_sparse.patterns.s2 import S2
 from longctx.kernels.block_sparse.patterns.strided import Strided
-from longctx.kernels.block_sparse.patterns.vertical_slash import VerticalSlash, a_shape
+from longctx.kernels.block_sparse.patterns.vertical_slash import VerticalSlash
 from longctx.kernels.block_sparse.selection import Selection, allowed
 
 HEADS, KV_HEADS = 4, 2
@@ -93,7 +93,7 @@ CASES: dict[str, tuple[Pattern, Sees]] = {
         vertical_slash(*PER_HEAD, 2),
     ),
     "slash-only": (VerticalSlash(slash=(4, 8), window=1), vertical_slash((), (4, 8), 1)),
-    "a-shape": (a_shape(first=4, window=5), lambda i, j, g: j < 4 or i - j < 5),
+    "sinks-and-window": (VerticalSlash(vertical=(0, 1, 2, 3), window=5), lambda i, j, g: j < 4 or i - j < 5),
 }
 # Those of all heads, or of an even number of them, whose mean `pairs` is.
 EXACT = [name for name in CASES if name != "s2-more-shards-than-heads"]
@@ -200,7 +200,7 @@ def test_pairs_at_a_million_tokens():
     assert Neighborhood(window=512).pairs(0, length) == 512 * length - 512 * 511 // 2
     assert Fixed(stride=128, columns=128).pairs(0, length) == length * (length + 1) // 2
     assert S2(block_size=64, local=8, stride=1).pairs(0, length) == length * (length + 1) // 2
-    assert a_shape(first=64, window=length).pairs(0, length) == length * (length + 1) // 2
+    assert VerticalSlash(vertical=tuple(range(64)), window=length).pairs(0, length) == length * (length + 1) // 2
 
 
 @pytest.mark.parametrize("first", range(4))
