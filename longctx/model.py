@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx import liger
-from longctx.mixers.initial import mixer_weight
+from longctx.mixers.initial import INIT_STD, mixer_weight, normal
 from longctx.mixers.layers import Layers
 from longctx.mixers.linear import LinearMixer
 from longctx.mixers.pattern import LINEAR_KINDS, SPARSE_KINDS
@@ -56,7 +56,7 @@ class ModelConfig:
     softcap: float | None = None
     sink_logits: bool = False
     tie_embeddings: bool = False
-    init_std: float = 0.02
+    init_std: float = INIT_STD
     ops: str = "torch"
 
     @property
@@ -266,4 +266,4 @@ def initial_weight(name: str, shape: torch.Size, *, config: ModelConfig, seed: i
         return torch.zeros(shape) if name.endswith(("sink_logits", ".bias")) else torch.ones(shape)
     residual = name.endswith(("o_proj.weight", "down_proj.weight"))
     std = config.init_std / (2 * config.num_layers) ** 0.5 if residual else config.init_std
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return normal(shape, std=std, generator=generator)

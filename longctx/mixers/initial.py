@@ -1,12 +1,29 @@
-"""Initial values of the weights that only linear and sparse layers have."""
+"""Initial values of the weights that only linear and sparse layers have.
+
+Trainers draw them by name, as all weights, with `mixer_weight`; modules begin with the same distributions, drawn from
+PyTorch's own generator, so that they can be used in other models.
+"""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+INIT_STD = 0.02  # of matrices, where no `model.init_std` says otherwise
 _RATES = (1.0, 16.0)  # exp(A_log), drawn uniformly
 _STEPS = (1e-3, 0.1)  # softplus(dt_bias), drawn uniformly in logarithms
+
+
+def normal(shape: Sequence[int], *, std: float = INIT_STD, generator: torch.Generator | None = None) -> Tensor:
+    """Return a matrix, or several, of the default dtype, on the default device: normal, with mean 0."""
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)
+
+
+def taps(shape: Sequence[int], *, generator: torch.Generator | None = None) -> Tensor:
+    """Return the weights `[C, k]` of a short convolution, likewise: uniform, as PyTorch's own."""
+    bound = shape[-1] ** -0.5
+    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
 
 
 def mixer_weight(name: str, shape: torch.Size, *, generator: torch.Generator) -> Tensor | None:
@@ -22,8 +39,7 @@ def mixer_weight(name: str, shape: torch.Size, *, generator: torch.Generator) ->
         step = torch.empty(shape).uniform_(*(math.log(step) for step in _STEPS), generator=generator).exp()
         return step + torch.log(-torch.expm1(-step))  # softplus of it is the step
     if leaf == "conv_weight":
-        bound = shape[-1] ** -0.5
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return taps(shape, generator=generator)
     if leaf in ("query_weight", "key_weight", "landmark_weight"):
         return torch.eye(shape[-1]).expand(shape)
     if leaf == "rest_weight":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from longctx.kernels.linear.feature_maps import normalised_attention
 from longctx.kernels.linear.maps.performer import Performer
 from longctx.mixers.config import MixerConfig
+from longctx.mixers.initial import taps
 from longctx.mixers.layers import LinearSizes
 from longctx.mixers.place import Place
 from longctx.mixers.transition import Transition
@@ -39,7 +40,7 @@ class LinearMixer(nn.Module):
         self.v_proj = nn.Linear(dim, values, bias=False)
         self.g_proj = nn.Linear(dim, values, bias=False) if settings.gate != "none" else None
         self.o_proj = nn.Linear(values, dim, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(2 * keys + values, settings.conv)) if settings.conv else None
+        self.conv_weight = nn.Parameter(taps((2 * keys + values, settings.conv))) if settings.conv else None
         self.feature_map = sizes.feature_map(settings, seed=(settings.feature_seed or 0) * num_layers + layer)
         self.transition = Transition(
             decay=settings.decay,

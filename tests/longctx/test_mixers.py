@@ -12,7 +12,7 @@ from longctx.kernels.linear.feature_maps import FEATURE_MAPS
 from longctx.loss import token_loss_sum
 from longctx.mixers.config import MixersConfig
 from longctx.mixers.layers import Layers
-from longctx.mixers.pattern import LINEAR_KINDS, depth
+from longctx.mixers.pattern import KINDS, LINEAR_KINDS, depth
 from longctx.model import Decoder, ModelConfig, initial_weight
 from longctx.parallel.loopback import run_ranks
 from longctx.parallel.transport import Alone
@@ -199,3 +199,24 @@ def test_documents_do_not_see_each_other_and_tokens_do_not_see_the_future():
         before, after = (model(each, places=stack.places(plan))[0] for each in (tokens, changed_tokens))
     moved = (before != after).any(-1)
     assert moved[20:50].all() and not moved[:20].any() and not moved[50:].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_begin_alike_without_a_trainer(kind):
+    """No memory that nobody wrote to, and what only mixers have is distributed as a trainer's is."""
+    layers = Layers(kinds=(kind,), max_positions=TOTAL)
+    if kind == "linear":
+        layers = dataclasses.replace(layers, mixers=changed("linear", feature_map="hedgehog", conv=3))
+    config = dataclasses.replace(model_of(1), dim=64)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # new memory is full of NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        model = Decoder(config, layers)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+        if name.endswith(("centroids", "gate_q", "gate_k", "conv_weight")):
+            want = initial_weight(name, parameter.shape, config=config, seed=0)
+            assert parameter.std().item() == pytest.approx(want.std().item(), rel=0.1), name

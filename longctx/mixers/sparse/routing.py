@@ -14,6 +14,7 @@ from longctx.kernels.block_sparse.routing.clusters import (
     normalised,
 )
 from longctx.kernels.precision import without_autocast
+from longctx.mixers.initial import normal
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
 from longctx.mixers.sparse_place import SparsePlace
 
@@ -63,7 +64,7 @@ class Routing(SparseMixer):
     def __init__(self, settings: RoutingConfig, sizes: Sizes) -> None:
         super().__init__()
         self.settings = settings
-        self.centroids = nn.Parameter(torch.empty(sizes.kv_heads, settings.clusters, sizes.head_dim))
+        self.centroids = nn.Parameter(normal((sizes.kv_heads, settings.clusters, sizes.head_dim)))
 
     def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
         q_cluster, k_cluster = self._assign(inputs, place)

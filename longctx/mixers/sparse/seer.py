@@ -13,6 +13,7 @@ from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.routing.seer import gate_keys, gate_queries, pooled, seer_blocks
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.contract import Request
+from longctx.mixers.initial import normal
 from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
 from longctx.mixers.sparse_place import SparsePlace
 from longctx.rope import apply_rope, rope_table
@@ -112,8 +113,8 @@ class Seer(SparseMixer):
         self.settings = settings
         gate_dim = settings.gate_dim if settings.gate_dim is not None else sizes.head_dim
         group = sizes.heads // sizes.kv_heads
-        self.gate_q = nn.Parameter(torch.empty(sizes.kv_heads, group * sizes.head_dim, gate_dim))
-        self.gate_k = nn.Parameter(torch.empty(sizes.kv_heads, 3 * sizes.head_dim, gate_dim))
+        self.gate_q = nn.Parameter(normal((sizes.kv_heads, group * sizes.head_dim, gate_dim)))
+        self.gate_k = nn.Parameter(normal((sizes.kv_heads, 3 * sizes.head_dim, gate_dim)))
         self.requires_grad_(settings.mode == "distill")
 
     def forward(self, inputs: Inputs, *, place: SparsePlace) -> Tensor:
