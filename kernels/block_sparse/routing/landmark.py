@@ -41,7 +41,7 @@ def picked_scores(q: Tensor, landmarks: Tensor, picks: Tensor, *, softcap: float
     Returns:
         `[B, T, H, S]`, float32 (float64 for float64); 0 where there is no pick.
     """
-    scores: Tensor = _Picked.apply(q, landmarks, picks)
+    scores: Tensor = _Picked.apply(q, landmarks, picks.to(torch.int32))  # kept until the backward, in half the memory
     return _capped(scores * q.shape[-1] ** -0.5, softcap)
 
 
@@ -50,7 +50,7 @@ def own_block_lse(
 ) -> Tensor:
     """Return the log-sum-exp of each query's scores with its own block's keys of its document, up to itself.
 
-    Memory is T times block_size only for a few blocks at a time: scores are computed again in the backward.
+    Memory is T times block_size only for a few blocks at a time: masks and scores are made again in the backward.
 
     Args:
         q: `[B, T, H, D]`; k: `[B, T, HK, D]`: a rank's whole blocks, of which only the sequence's last may be short.
@@ -60,11 +60,7 @@ def own_block_lse(
     Returns:
         `[B, T, H]`, float32 (float64 for float64).
     """
-    place, start = by_block(positions[None], block_size), by_block(first, block_size)  # [1, n, b], [R, n, b]
-    causal = torch.ones(block_size, block_size, dtype=torch.bool, device=q.device).tril()
-    # What is behind a short block is at position 0 in a document that begins there: it sees itself, and nobody sees it.
-    seen = causal & (place[:, :, None, :] >= start[:, :, :, None])  # [R, n, b, b]
-    lse: Tensor = _OwnLse.apply(q, k, seen, block_size, softcap)
+    lse: Tensor = _OwnLse.apply(q, k, positions, first, block_size, softcap)
     return lse
 
 
@@ -76,7 +72,7 @@ class _Picked(torch.autograd.Function):
         wide = accumulator_dtype(q.dtype)
         scores = torch.empty(picks.shape, dtype=wide, device=q.device)
         for rows in _rows(picks, q.shape[-1], landmarks.shape[1]):
-            near = _gathered(landmarks, picks[:, rows]).to(wide)
+            near = _gathered(landmarks, picks[:, rows].long()).to(wide)
             scores[:, rows] = torch.einsum("bthd,bthsd->bths", q[:, rows].to(wide), near)
         return scores.masked_fill_(picks < 0, 0.0)
 
@@ -90,7 +86,7 @@ class _Picked(torch.autograd.Function):
         dq = torch.empty_like(q)
         dlandmarks = torch.zeros(landmarks.shape, dtype=wide, device=q.device)
         for rows in _rows(picks, q.shape[-1], count):
-            mine, at = grad[:, rows], picks[:, rows]
+            mine, at = grad[:, rows], picks[:, rows].long()
             dq[:, rows] = torch.einsum("bths,bthsd->bthd", mine, _gathered(landmarks, at).to(wide)).to(q.dtype)
             # Spread over all blocks and multiplied, not added to where picks point: the same bits every time.
             spread = mine.new_zeros(*at.shape[:3], count + 1)
@@ -103,13 +99,17 @@ class _Picked(torch.autograd.Function):
 class _OwnLse(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, q: Tensor, k: Tensor, seen: Tensor, block_size: int, softcap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, positions: Tensor, first: Tensor, block_size: int, softcap: float | None
+    ) -> Tensor:
         blocked_q, blocked_k = _blocked(q, k, block_size)
+        place, start = by_block(positions[None], block_size), by_block(first, block_size)  # [1, n, b], [R, n, b]
         lse = torch.empty(blocked_q.shape[:-1], dtype=accumulator_dtype(q.dtype), device=q.device)
         for part in _parts(blocked_q):
-            scores = _own_scores(blocked_q[:, part], blocked_k[:, part], seen[:, part], softcap)
+            seen = _own_seen(place[:, part], start[:, part])
+            scores = _own_scores(blocked_q[:, part], blocked_k[:, part], seen, softcap)
             lse[:, part] = scores.logsumexp(-1).movedim(-1, 2)
-        ctx.save_for_backward(q, k, seen, lse)
+        ctx.save_for_backward(q, k, positions, first, lse)
         ctx.options = block_size, softcap
         return lse.flatten(3, 4).flatten(1, 2)[:, : q.shape[1]]
 
@@ -117,22 +117,35 @@ class _OwnLse(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, seen, lse = ctx.saved_tensors
+        q, k, positions, first, lse = ctx.saved_tensors
         block_size, softcap = ctx.options
         blocked_q, blocked_k = _blocked(q, k, block_size)
+        place, start = by_block(positions[None], block_size), by_block(first, block_size)
         grads = by_block(grad, block_size).unflatten(3, blocked_q.shape[3:5])
         dq, dk = torch.empty_like(blocked_q), torch.empty_like(blocked_k)
         for part in _parts(blocked_q):
             near_q, near_k = blocked_q[:, part], blocked_k[:, part]
-            scores = _own_scores(near_q, near_k, seen[:, part], softcap)
+            seen = _own_seen(place[:, part], start[:, part])
+            scores = _own_scores(near_q, near_k, seen, softcap)
             dscores = torch.exp(scores - lse[:, part].movedim(2, -1)[..., None])
             dscores *= grads[:, part].movedim(2, -1)[..., None] * q.shape[-1] ** -0.5
             if softcap is not None:
-                dscores *= 1 - (scores.masked_fill(~_of_heads(seen[:, part]), 0.0) / softcap) ** 2
+                dscores *= 1 - (scores.masked_fill(~_of_heads(seen), 0.0) / softcap) ** 2
             dq[:, part] = torch.einsum("bnkgij,bnjkd->bnikgd", dscores, near_k.to(lse.dtype)).to(q.dtype)
             dk[:, part] = torch.einsum("bnkgij,bnikgd->bnjkd", dscores, near_q.to(lse.dtype)).to(k.dtype)
         tokens = q.shape[1]
-        return dq.flatten(3, 4).flatten(1, 2)[:, :tokens], dk.flatten(1, 2)[:, :tokens], None, None, None
+        return dq.flatten(3, 4).flatten(1, 2)[:, :tokens], dk.flatten(1, 2)[:, :tokens], *(None,) * 4
+
+
+def _own_seen(place: Tensor, start: Tensor) -> Tensor:
+    """Return which keys of its own block each query sees, bool `[R, n, b, b]`.
+
+    Args:
+        place: `[1, n, b]`, positions; start: `[R, n, b]`, the first ones of their documents. What is behind a short
+            block is at position 0 in a document that begins there: it sees itself, and nobody sees it.
+    """
+    causal = torch.ones(place.shape[-1], place.shape[-1], dtype=torch.bool, device=place.device).tril()
+    return causal & (place[:, :, None, :] >= start[:, :, :, None])
 
 
 def _own_scores(q: Tensor, k: Tensor, seen: Tensor, softcap: float | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longctx.kernels.block_sparse.blocks import blocks_of
 from longctx.kernels.block_sparse.routing import landmark
@@ -53,6 +55,44 @@ def test_own_block_lse_of_some_blocks_of_a_sequence():
     own = torch.cat([torch.arange(8, 16), torch.arange(40, TOTAL)])
     part = own_block_lse(q[:, own], k[:, own], positions=own, first=first[:, own], block_size=BLOCK)
     assert torch.equal(part, whole[:, own])
+
+
+class Masks(TorchDispatchMode):
+    """Notes the size of every bool tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.bool:
+            self.sizes.append(made.numel())
+        return made
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_the_mask_of_own_blocks_is_made_for_some_at_a_time_and_not_kept(softcap, monkeypatch):
+    monkeypatch.setattr(landmark, "_AT_ONCE", 1)
+    q, k = draw(2, TOTAL, HEADS, DIM).requires_grad_(), draw(2, TOTAL, KV_HEADS, DIM, seed=1).requires_grad_()
+    kept: list[torch.Tensor] = []
+    with Masks() as masks:
+        with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            lse = own_block_lse(
+                q, k, positions=torch.arange(TOTAL), first=document_of(), block_size=BLOCK, softcap=softcap
+            )
+        torch.autograd.grad(lse.sum(), (q, k))
+    assert max(masks.sizes) == 2 * BLOCK * BLOCK  # of one block in each row
+    assert len(kept) == 5 and all(x.dtype != torch.bool for x in kept)
+
+
+def test_picks_are_kept_in_32_bits():
+    q, marks = draw(2, 11, HEADS, DIM).requires_grad_(), draw(2, 5, KV_HEADS, DIM, seed=1)
+    blocks, kept = draw(2, 11, HEADS, 5, seed=2).argsort(-1), []
+    with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        picked_scores(q, marks, blocks[..., :-1])
+    (picks,) = (x for x in kept if not x.is_floating_point())
+    assert picks.untyped_storage().nbytes() == 4 * 2 * 11 * HEADS * 4  # nothing else lies in the same memory
 
 
 @pytest.mark.parametrize("at_once", [1, 1 << 22])
