@@ -72,8 +72,8 @@ class SparsePlan:
     bounds: tuple[tuple[int, ...], ...]
     document_of: Tensor
     _shown: dict[tuple[Teams, int], Demand] = field(default_factory=dict, repr=False, compare=False)
-    # What all teams need of a selection, and its distances: layers that share one agree once.
-    agreed: "WeakKeyDictionary[Selection, tuple[Demand, tuple[int, ...]]]" = field(
+    # What all teams need of a selection, and its distances: layers that share one agree once for the same schedule.
+    agreed: "WeakKeyDictionary[Selection, dict[tuple[Teams, HeadSplit], tuple[Demand, tuple[int, ...]]]]" = field(
         default_factory=WeakKeyDictionary, repr=False, compare=False
     )
 
@@ -239,23 +239,25 @@ class ContextParallelSparseAttention:
         shown = plan.shown(teams, block_size)
         if observe is None and ring.size == 1:
             return make_moves("all", self.schedule, static=shown.needs, demand=shown, team=team)
-        if selection not in plan.agreed:
+        agreed, key = plan.agreed.setdefault(selection, {}), (teams, arrangement.split)
+        if key not in agreed:
             # Told in any case, so that a rank may observe what others do not.
             told: Sequence[int] = (0,) * BUCKETS
             if observe is not None:
                 positions = _places(self.layout, teams, plan.total, own.lo.device)[team]
                 told = distances(own, positions, block_size=block_size, buckets=BUCKETS)
             wanted, numbers = agree(ring, wanted_blocks(own, block_size=block_size, total=plan.total), told)
-            plan.agreed[selection] = Demand(shown.shards, wanted), tuple(numbers.sum(0).tolist())
-        demand, counts = plan.agreed[selection]
-        costs = move_costs(self.schedule, static=shown.needs, demand=demand, shape=shape)
-        name = "all" if ring.size == 1 else costs.choose(self.moves)
+            agreed[key] = Demand(shown.shards, wanted), tuple(numbers.sum(0).tolist())
+        demand, counts = agreed[key]
+        name = "all" if ring.size == 1 else self.moves
+        if observe is not None or name == "auto":
+            costs = move_costs(self.schedule, static=shown.needs, demand=demand, shape=shape)
+            name = costs.choose(name)
         if observe is not None:
-            shares = [int(each.counts.sum() - each.counts.diagonal().sum()) for each in (demand, shown)]
             observe(
                 Movement(
                     moves=name,
-                    density=shares[0] / max(shares[1], 1),
+                    density=demand.moved / max(shown.moved, 1),
                     costs=MoveCosts(all=costs.all * batch, hops=costs.hops * batch, blocks=costs.blocks * batch),
                     distances=counts,
                 )

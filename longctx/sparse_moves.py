@@ -4,7 +4,7 @@
 |---------|---------------------------------------------------------------------------------------------------|
 | `all`   | what the causal mask shows, on the schedule, as for dense attention; only arithmetic is skipped    |
 | `hops`  | the same schedule without hops and tokens that nobody selected: spans from first to last           |
-| `blocks`| the selected blocks and no others, straight from their owners in one exchange                      |
+| `blocks`| the selected blocks and no others, straight from their owners                                     |
 | `auto`  | `blocks` where that sends clearly less than `hops`                                                 |
 """
 
@@ -26,7 +26,7 @@ from longctx.parallel.transport import Transport
 
 MovesName = Literal["auto", "all", "hops", "blocks"]
 MOVES: tuple[MovesName, ...] = ("auto", "all", "hops", "blocks")
-# An exchange of blocks hides behind nothing, hops do: it must save this much to be chosen.
+# An exchange of blocks goes across the whole group, hops to neighbours: it must save this much to be chosen.
 GAIN = 0.8
 
 
@@ -115,11 +115,10 @@ def move_costs(schedule: Schedule, *, static: Needs, demand: Demand, shape: Shap
     """Count what each way sends, summed over the teams; `shape` has the heads of one rank."""
     if isinstance(schedule, Ring):  # a selection's K/V travel in both passes, whatever a mask's would do
         schedule = replace(schedule, backward_moves="rotate_kv")
-    teams = range(len(demand.shards.positions))
     return MoveCosts(
         all=_on_schedule(schedule, static, shape),
         hops=_on_schedule(schedule, demand.needs, shape),
-        blocks=sum(sum(sent.bytes for sent in demand.sent(team, shape)) for team in teams),
+        blocks=demand.sent_by_all(shape),
     )
 
 
@@ -154,18 +153,17 @@ def _wanted(selection: Selection, block_size: int, total: int) -> Tensor:
     last = (selection.hi.clamp(0, total - 1) // block_size)[seen]
     if selection.slot_class is None or selection.key_class is None:
         return _covered(first, last, count) > 0
-    # Every class of every head and row is a sequence of its own.
+    # Every class of every head and row is a sequence of blocks of its own, whose codes follow each other.
     classes = int(selection.key_class.max()) + 1
-    rows, heads = selection.rows, selection.heads
-    lane = torch.arange(rows * heads, device=seen.device).view(rows, 1, heads, 1)
+    lane = torch.arange(selection.rows * selection.heads, device=seen.device).view(-1, 1, selection.heads, 1)
     strand = (lane * classes + selection.slot_class).masked_fill(selection.slot_class >= classes, -1)
     strand = strand.expand_as(seen)[seen]
-    first, last, strand = (x[strand >= 0] for x in (first, last, strand))
-    covered = _covered(strand * (count + 1) + first, strand * (count + 1) + last, rows * heads * classes * (count + 1))
+    begin, end = (torch.sort((strand * count + each)[strand >= 0]).values for each in (first, last))
     keys = selection.key_class.to(torch.int64)
     block = torch.arange(total, device=keys.device) // block_size
-    place = (lane[..., 0] * classes + keys) * (count + 1) + block[None, :, None]
-    hit = (covered[place.clamp(min=0)] > 0) & (keys >= 0)
+    code = (lane[..., 0] * classes + keys) * count + block[None, :, None]
+    within = torch.searchsorted(begin, code, right=True) - torch.searchsorted(end, code)  # intervals that hold it
+    hit = (within > 0) & (keys >= 0)
     wanted = torch.zeros(count, dtype=torch.bool, device=keys.device)
     wanted[block[hit.any(-1).any(0)]] = True
     return wanted

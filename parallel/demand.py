@@ -87,7 +87,8 @@ class Demand:
     @cached_property
     def counts(self) -> Tensor:
         """Return how many tokens each team needs of each source: int64 `[team, source]`."""
-        return self.wanted.to(torch.int64) @ self.shards.owned.T
+        exact = self.wanted.to(torch.float64) @ self.shards.owned.T.to(torch.float64)  # integers, and much faster
+        return exact.to(torch.int64)
 
     @cached_property
     def needs(self) -> Needs:
@@ -97,19 +98,29 @@ class Demand:
         keys = tuple(tuple(spans[source][team] for source in count) for team in count)
         return Needs(keys, queries=())
 
+    @cached_property
+    def moved(self) -> int:
+        """Return how many tokens of others all teams need together."""
+        return int(self.counts.sum() - self.counts.diagonal().sum())
+
     def sent(self, team: int, shape: Shape) -> tuple[Sent, Sent]:
         """Return what a rank of `team` sends to other teams if exactly the needed blocks are exchanged, per row.
 
         Forward k and v of what others need; backward the same, and dk and dv of what it needed itself.
         """
-        others = [peer for peer in range(len(self.shards.positions)) if peer != team]
-        given = {peer: count for peer in others if (count := int(self.counts[peer, team]))}
-        taken = {peer: count for peer in others if (count := int(self.counts[team, peer]))}
-        both = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
-        low, wide = both * shape.dtype.itemsize, both * shape.wide.itemsize
-        hops = int(bool(given or taken))
+        count = len(self.shards.positions)
+        others = [peer for peer in range(count) if peer != team]
+        given = {peer: tokens for peer in others if (tokens := int(self.counts[peer, team]))}
+        taken = {peer: tokens for peer in others if (tokens := int(self.counts[team, peer]))}
+        low, wide = _token_bytes(shape)
+        hops = len({(peer - team) % count for peer in given} | {(team - peer) % count for peer in taken})
         back = {peer: given.get(peer, 0) * low + taken.get(peer, 0) * wide for peer in sorted({*given, *taken})}
-        return Sent(hops, {peer: count * low for peer, count in given.items()}), Sent(2 * hops, back)
+        return Sent(hops, {peer: tokens * low for peer, tokens in given.items()}), Sent(2 * hops, back)
+
+    def sent_by_all(self, shape: Shape) -> int:
+        """Return the bytes of `sent`, of both passes and of one rank of each team together."""
+        low, wide = _token_bytes(shape)
+        return self.moved * (2 * low + wide)
 
     def _spans(self, source: int) -> list[Span | None]:
         """Return what each team needs of a source."""
@@ -118,6 +129,12 @@ class Demand:
         first = begin[needed.argmax(1)].tolist()
         last = end[len(block) - 1 - needed.flip(1).argmax(1)].tolist()
         return [(a, b) if some else None for a, b, some in zip(first, last, needed.any(1).tolist(), strict=True)]
+
+
+def _token_bytes(shape: Shape) -> tuple[int, int]:
+    """Return the bytes of a token's k and v, and of their gradients."""
+    both = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
+    return both * shape.dtype.itemsize, both * shape.wide.itemsize
 
 
 def agree(ring: Transport, mine: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:

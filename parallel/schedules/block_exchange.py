@@ -1,9 +1,13 @@
 """Exchange of selected blocks: every rank gets exactly what its queries selected, straight from the owners.
 
-One exchange forward, and one each way backward. Nothing hides behind arithmetic, and what a rank needs of all others
-is there at once; a ring sends everything between the first and the last needed token, past everybody, but overlaps.
-Which sends less is known from the demand (`demand.py`).
+A step for each distance d between ranks: rank r gives to rank r + d and takes from rank r - d. A rank holds two parts
+of others at most: the one that it attends to, and the next one, which arrives meanwhile. Backward, the gradients of a
+part go home while the next one is attended to. A ring sends everything between the first and the last needed token
+past everybody, but only to neighbours; which sends less is known from the demand (`demand.py`).
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +15,9 @@ from torch import Tensor
 from longctx.kernels.merge import accumulator_dtype
 from longctx.parallel.demand import Demand
 from longctx.parallel.schedule import Attend, AttendBackward
-from longctx.parallel.transport import Transport
+from longctx.parallel.transport import Exchange, Transport
+
+Part = tuple[Tensor, Tensor]  # k and v of some tokens, or their gradients
 
 
 def forward(ring: Transport, demand: Demand, k: Tensor, v: Tensor, *, attend: Attend) -> None:
@@ -20,59 +26,85 @@ def forward(ring: Transport, demand: Demand, k: Tensor, v: Tensor, *, attend: At
     Args:
         k, v: `[B, T, HK, D]`, this rank's.
     """
-    for source, (k_part, v_part) in _collected(ring, demand, k, v).items():
-        attend(source, (0, k.shape[2]), k_part, v_part)
+    for source, _, part in _parts(ring, demand, k, v):
+        if part is not None:
+            attend(source, (0, k.shape[2]), *part)
 
 
 def backward(ring: Transport, demand: Demand, k: Tensor, v: Tensor, *, attend: AttendBackward) -> tuple[Tensor, Tensor]:
-    """Call `attend(source, all KV heads, k, v) -> (dk, dv)` likewise; return the own shard's, summed in rank order."""
+    """Call `attend(source, all KV heads, k, v) -> (dk, dv)` likewise; return the own shard's, summed by distance."""
     wide = accumulator_dtype(k.dtype)
-    parts = {
-        source: attend(source, (0, k.shape[2]), k_part, v_part)
-        for source, (k_part, v_part) in _collected(ring, demand, k, v).items()
-    }
-    own = {ring.rank: parts.pop(ring.rank)} if ring.rank in parts else {}
-    given = _given(ring, demand, k.device)
-    coming = {
-        peer: (_buffer(k, len(tokens), dtype=wide), _buffer(v, len(tokens), dtype=wide))
-        for peer, tokens in given.items()
-        if peer != ring.rank
-    }
-    if parts or coming:
-        ring.exchange(parts, coming).wait()
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-    for peer, (dk_part, dv_part) in sorted({**coming, **own}.items()):
-        dk[:, given[peer]] += dk_part
-        dv[:, given[peer]] += dv_part
+
+    def add(peer: int, part: Part | None) -> None:
+        if part is not None:
+            tokens = demand.tokens(peer, ring.rank).to(k.device)
+            dk[:, tokens] += part[0]
+            dv[:, tokens] += part[1]
+
+    home: _Step | None = None
+    for source, peer, part in _parts(ring, demand, k, v):
+        gradients = None if part is None else attend(source, (0, k.shape[2]), *part)
+        if source == ring.rank:
+            add(source, gradients)
+            continue
+        if home is not None:
+            add(home.source, home.wait())
+        coming = _empty(k, v, int(demand.counts[peer, ring.rank]), dtype=wide)
+        home = _post(ring, gradients, source, coming, peer)
+    if home is not None:
+        add(home.source, home.wait())
     return dk, dv
 
 
-def _given(ring: Transport, demand: Demand, device: torch.device) -> dict[int, Tensor]:
-    """Return the own tokens that each rank needs, this one included."""
-    tokens = {peer: demand.tokens(peer, ring.rank) for peer in range(ring.size)}
-    return {peer: indices.to(device) for peer, indices in tokens.items() if len(indices)}
+def _parts(ring: Transport, demand: Demand, k: Tensor, v: Tensor) -> Iterator[tuple[int, int, Part | None]]:
+    """Yield, step by step, the rank that gives, the one that is given to, and what arrived; the own part first."""
+
+    def post(distance: int) -> _Step:
+        source, peer = (ring.rank - distance) % ring.size, (ring.rank + distance) % ring.size
+        coming = _empty(k, v, int(demand.counts[ring.rank, source]), dtype=k.dtype)
+        return _post(ring, _of_own(demand, peer, ring.rank, k, v), peer, coming, source)
+
+    step = post(1) if ring.size > 1 else None
+    yield ring.rank, ring.rank, _of_own(demand, ring.rank, ring.rank, k, v)
+    for distance in range(1, ring.size):
+        assert step is not None
+        arrived, source, peer = step.wait(), step.source, step.peer
+        if distance + 1 < ring.size:
+            step = post(distance + 1)
+        yield source, peer, arrived
 
 
-def _collected(ring: Transport, demand: Demand, k: Tensor, v: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return k and v of the needed tokens of every source, the own ones first."""
-    given = _given(ring, demand, k.device)
-    gathered: dict[int, tuple[Tensor, Tensor]] = {}
-    if ring.rank in given:
-        gathered[ring.rank] = k[:, given[ring.rank]], v[:, given[ring.rank]]
-    coming = {}
-    for source in range(ring.size):
-        count = int(demand.counts[ring.rank, source])
-        if source != ring.rank and count:
-            coming[source] = _buffer(k, count, dtype=k.dtype), _buffer(v, count, dtype=v.dtype)
-    outgoing = {
-        peer: (k[:, tokens].contiguous(), v[:, tokens].contiguous())
-        for peer, tokens in given.items()
-        if peer != ring.rank
-    }
-    if outgoing or coming:
-        ring.exchange(outgoing, coming).wait()
-    return gathered | coming
+@dataclass(frozen=True)
+class _Step:
+    """A part on its way to `peer`, and another, or None, on its way here from `source`."""
+
+    peer: int
+    source: int
+    coming: Part | None
+    exchange: Exchange | None
+
+    def wait(self) -> Part | None:
+        if self.exchange is not None:
+            self.exchange.wait()
+        return self.coming
 
 
-def _buffer(like: Tensor, tokens: int, *, dtype: torch.dtype) -> Tensor:
-    return like.new_empty((like.shape[0], tokens, *like.shape[2:]), dtype=dtype)
+def _post(ring: Transport, going: Part | None, peer: int, coming: Part | None, source: int) -> _Step:
+    outgoing = {} if going is None else {peer: going}
+    incoming = {} if coming is None else {source: coming}
+    return _Step(peer, source, coming, ring.exchange(outgoing, incoming) if outgoing or incoming else None)
+
+
+def _of_own(demand: Demand, peer: int, rank: int, k: Tensor, v: Tensor) -> Part | None:
+    """Return what `peer` needs of the own shard."""
+    tokens = demand.tokens(peer, rank).to(k.device)
+    return (k[:, tokens], v[:, tokens]) if len(tokens) else None
+
+
+def _empty(k: Tensor, v: Tensor, tokens: int, *, dtype: torch.dtype) -> Part | None:
+    if not tokens:
+        return None
+    shapes = ((each.shape[0], tokens, *each.shape[2:]) for each in (k, v))
+    dk, dv = (k.new_empty(shape, dtype=dtype) for shape in shapes)
+    return dk, dv

@@ -7,6 +7,10 @@ import torch
 
 from longctx.kernels.block_sparse.patterns.strided import Strided
 from longctx.kernels.block_sparse.selection import allowed
+from longctx.parallel.layout import Layout
+from longctx.parallel.loopback import run_ranks
+from longctx.parallel.schedules.ring import Ring, Ulysses, Usp
+from longctx.sparse_attention import ContextParallelSparseAttention
 from longctx.sparse_moves import distances, wanted_blocks
 from tests.support.selections import BLOCK, document_starts, nothing, random_blocks, random_classes, two_parts
 
@@ -20,12 +24,20 @@ def strided(positions, document_of):
     return replace(made, block_size=BLOCK, beside=replace(made.beside, block_size=BLOCK))
 
 
+def no_key(positions, document_of):
+    made = random_classes(positions, document_of, heads=2)
+    return replace(made, key_class=torch.full_like(made.key_class, -1))
+
+
 MAKE = {
     "blocks": lambda at, of: random_blocks(at, of, heads=2, slots=3),
     "classes": lambda at, of: random_classes(at, of, heads=2),
     "two_parts": lambda at, of: two_parts(at, of, heads=4, beside_heads=2),
     "alike": strided,
     "nothing": lambda at, of: nothing(at, of, heads=2),
+    "keys of no class": lambda at, of: replace(
+        made := random_classes(at, of, heads=2), key_class=-1 + 0 * made.key_class
+    ),
 }
 
 
@@ -47,7 +59,7 @@ def test_blocks_are_those_of_the_keys_that_are_seen(name, row):
             seen |= allowed(of_whole_blocks(part, slot), torch.arange(TOTAL)).flatten(0, 2).any(0)
     blocks = torch.nn.functional.pad(seen, (0, -TOTAL % BLOCK)).view(-1, BLOCK).any(-1)
     assert torch.equal(wanted_blocks(selection, block_size=BLOCK, total=TOTAL), blocks)
-    assert blocks.any() == (name != "nothing")
+    assert blocks.any() == (name not in ("nothing", "keys of no class"))
 
 
 def test_distances_of_all_parts_count():
@@ -56,3 +68,23 @@ def test_distances_of_all_parts_count():
     assert told[0] == [a + b for a, b in zip(told[1], told[2], strict=True)]
     assert told[1] == [2 * 4 * len(SOME), 0, 0, 0, 0, 0]
     assert sum(told[2]) > 0
+
+
+def test_a_plan_and_a_selection_serve_any_schedule():
+    total, schedules = 32, {"usp": Usp(ulysses=2), "ring": Ring(), "ulysses": Ulysses()}
+    whole = torch.randn(3, 1, total, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layout = Layout("contiguous", 4)
+
+    def on_rank(transport):
+        attention = {
+            name: ContextParallelSparseAttention(layout=layout, schedule=schedule, transport=transport)
+            for name, schedule in schedules.items()
+        }
+        plan = attention["usp"].plan(None, total=total, device=torch.device("cpu"))
+        selection = random_blocks(layout.positions(transport.rank, total), plan.document_of, heads=4, slots=3)
+        shards = [layout.shard(x, rank=transport.rank, dim=1) for x in whole]
+        return {name: each(*shards, selection=selection, plan=plan) for name, each in attention.items()}
+
+    for outs in run_ranks(4, on_rank):
+        torch.testing.assert_close(outs["ring"], outs["usp"], rtol=0, atol=1e-12)
+        torch.testing.assert_close(outs["ulysses"], outs["usp"], rtol=0, atol=1e-12)
