@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -21,7 +21,6 @@ from longctx.parallel.demand import Demand
 from longctx.parallel.needs import Needs
 from longctx.parallel.schedule import Attend, AttendBackward, Schedule, Shape
 from longctx.parallel.schedules import block_exchange
-from longctx.parallel.schedules.ring import Ring
 from longctx.parallel.transport import Transport
 
 MovesName = Literal["auto", "all", "hops", "blocks"]
@@ -113,18 +112,16 @@ class MoveCosts:
 
 def move_costs(schedule: Schedule, *, static: Needs, demand: Demand, shape: Shape) -> MoveCosts:
     """Count what each way sends, summed over the teams; `shape` has the heads of one rank."""
-    if isinstance(schedule, Ring):  # a selection's K/V travel in both passes, whatever a mask's would do
-        schedule = replace(schedule, backward_moves="rotate_kv")
     return MoveCosts(
         all=_on_schedule(schedule, static, shape),
-        hops=_on_schedule(schedule, demand.needs, shape),
+        hops=schedule.kv_bytes(demand.needs, shape),
         blocks=demand.sent_by_all(shape),
     )
 
 
 @lru_cache(maxsize=32)  # what a mask shows is the same for all layers
-def _on_schedule(schedule: Schedule, needs: Needs, shape: Shape) -> int:
-    return sum(sum(sent.bytes for sent in schedule.sent(team, needs, shape)) for team in range(len(needs.keys)))
+def _on_schedule(schedule: Schedule, static: Needs, shape: Shape) -> int:
+    return schedule.kv_bytes(static, shape)
 
 
 def make_moves(name: MovesName, schedule: Schedule, *, static: Needs, demand: Demand, team: int) -> Moves:

@@ -229,3 +229,10 @@ def sent(rank: int, wanted: Table, inner: int, *, payload: int, sums: int) -> tu
             if step.sums_sent is not None:
                 count(step.sums_sent, sums)
     return hops, bytes_to
+
+
+def moved(wanted: Table, inner: int) -> tuple[int, int]:
+    """Return how many tokens of shards, and of sums, all ranks together send: what `sent` counts, without the steps."""
+    paths = _paths(wanted, inner)
+    shards = sum(hand.span[1] - hand.span[0] for path in paths for hand in path.hands)
+    return shards, sum(hand.span[1] - hand.span[0] for path in paths for hand in path.sums)

@@ -107,6 +107,10 @@ class Schedule(Hashable, Protocol):
         """
         ...
 
+    def kv_bytes(self, needs: Needs, shape: Shape) -> int:
+        """Return the bytes of `sent` of a rank of each team together, in both passes, where K/V travel in both."""
+        ...
+
     def forward(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: Attend) -> None:
         """Call `attend(source, kv_heads, k, v)` with every needed part of every shard, for all KV heads.
 

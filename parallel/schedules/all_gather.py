@@ -66,6 +66,13 @@ class AllGather:
         peers = sorted({*given, *taken})
         return forward, Sent(2 * hops, {p: given.get(p, 0) * low + taken.get(p, 0) * wide for p in peers})
 
+    def kv_bytes(self, needs: Needs, shape: Shape) -> int:
+        """Count what all need of each other twice, and its gradients."""
+        table = [(team, peer, span) for team, row in enumerate(needs.keys) for peer, span in enumerate(row)]
+        tokens = sum(span[1] - span[0] for team, peer, span in table if span is not None and peer != team)
+        both = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
+        return both * tokens * (2 * shape.dtype.itemsize + shape.wide.itemsize)
+
     def forward(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: Attend) -> None:
         """Collect the needed K/V of each group of heads and attend to it."""
         for heads, gathered in self._collected(ring, needs, k, v):

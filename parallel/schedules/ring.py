@@ -87,6 +87,12 @@ class Ring:
         payload, sums = shape.kv_heads * both * low, shape.kv_heads * both * wide
         return Sent(*forward), Sent(*circuit.sent(team, needs.keys, inner, payload=payload, sums=sums))
 
+    def kv_bytes(self, needs: Needs, shape: Shape) -> int:
+        """Count the shards of the circuit twice, and the sums."""
+        shards, sums = circuit.moved(needs.keys, self.inner(len(needs.keys)))
+        both = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
+        return both * (2 * shards * shape.dtype.itemsize + sums * shape.wide.itemsize)
+
     def forward(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: Attend) -> None:
         """Send (k, v) round."""
         heads = (0, k.shape[2])
