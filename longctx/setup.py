@@ -121,7 +121,10 @@ def check_softmax_kernel(config: Config, *, device_type: str) -> str:
 
 
 def check_sparse_kernel(config: Config, kind: str, *, device_type: str) -> str:
-    """Return the name of the kernel that will compute a kind of sparse layer, or refuse a named one that cannot."""
+    """Return the name of the kernel that will compute a kind of sparse layer, or refuse a named one that cannot.
+
+    The names, where its parts are computed by different ones.
+    """
     name, model = config.mixers.sparse_kind(kind).kernel, config.model
     request = Request(
         device_type=device_type,
@@ -137,7 +140,8 @@ def check_sparse_kernel(config: Config, kind: str, *, device_type: str) -> str:
         found = [resolve_sparse_kernel(name, *each) for each in asked]
     except ValueError as error:
         raise ValueError(f"mixers.{kind}.kernel={name}: {error}") from error
-    return found[0].name if found else check_softmax_kernel(config, device_type=device_type)
+    names = dict.fromkeys(kernel.name for kernel in found)
+    return " and ".join(names) if found else check_softmax_kernel(config, device_type=device_type)
 
 
 def check_linear_kernel(config: Config, kind: str, *, device_type: str) -> str:
