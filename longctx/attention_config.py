@@ -15,10 +15,11 @@ from longctx.parallel.layout import Layout, LayoutName
 from longctx.parallel.registry import ScheduleOptions, check_schedule, resolve_schedule
 from longctx.parallel.schedule import Schedule
 from longctx.parallel.state_passing import resolve_passing
-from longctx.sparse_moves import MOVES
+from longctx.sparse_moves import MOVES, MovesName
 
 STATE_LAYOUTS = ("same", "contiguous", "zigzag")
 LEAST_STRIPE = 16  # tokens of the narrowest stripes between which states are passed: each has a state of its own
+ONE_TEAM = ("ulysses", "local")  # schedules under which all ranks share heads, or there is one rank
 MASK_KEYS = ("documents", "window", "head_windows", "sinks", "chunk", "prefix")  # who sees whom
 
 
@@ -49,7 +50,8 @@ class AttentionConfig:
         state_passing: `ring`, `all_gather`, `log_depth` or `pipelined`: whose state arrives when.
         state_splits: blocks that `pipelined` cuts a state into; null = 4.
         kv_moves: sparse layers: which K/V travel, and how: `all` (as for dense attention), `hops` (on the schedule, but
-            without what nobody selected), `blocks` (the selected blocks alone), or `auto`: what sends less.
+            without what nobody selected), `blocks` (the selected blocks alone), or `auto`: what sends less, with
+            `gather_heads` always `hops`.
     """
 
     layout: str = "striped"
@@ -145,6 +147,27 @@ class AttentionConfig:
                     f"attention.{key}=auto is predicted from masks, which do not say what layers of kind "
                     f"{', '.join(sparse)} select: name a {key}"
                 )
+        if self.kv_moves in ("hops", "blocks") and self.schedule in ONE_TEAM:
+            raise ValueError(
+                f"attention.kv_moves={self.kv_moves} has no effect with attention.schedule={self.schedule}, where "
+                "every rank has all tokens of its heads and nothing that is selected travels: leave it auto, or use "
+                "attention.schedule=ring|double_ring|all_gather|usp"
+            )
+        if self.kv_moves == "blocks" and self.gather_heads is not None:
+            raise ValueError(
+                f"attention.kv_moves=blocks collects selected blocks of all KV heads at once, so that "
+                f"attention.gather_heads={self.gather_heads} cannot be honoured: set attention.kv_moves=hops, or leave "
+                "attention.gather_heads null"
+            )
+
+    def refuse_moves(self, dense: Sequence[str]) -> None:
+        """Refuse to move only what is selected where all sparse layers are of kinds that are `dense` (ValueError)."""
+        if self.kv_moves in ("hops", "blocks"):
+            modes = ", ".join(f"mixers.{kind}.mode" for kind in dense)
+            raise ValueError(
+                f"attention.kv_moves={self.kv_moves} has no effect with {modes}=distill, whose attention is dense: "
+                f"leave it auto, or set {modes}=sparse"
+            )
 
     def refuse_dense(self) -> None:
         """Refuse settings of attention under a mask, where no layer has any (ValueError)."""
@@ -211,6 +234,13 @@ class AttentionConfig:
         """Return plain names for `auto`: contiguous shards, and a ring."""
         layout = "contiguous" if self.layout == "auto" else self.layout
         return replace(self, layout=layout, schedule="ring" if self.schedule == "auto" else self.schedule)
+
+    @property
+    def moves(self) -> MovesName:
+        """Return how K/V of sparse layers move: `kv_moves`, but never blocks by choice where heads are to be gathered
+        a few at a time."""
+        assert self.kv_moves in MOVES, self.kv_moves
+        return "hops" if self.kv_moves == "auto" and self.gather_heads is not None else self.kv_moves  # type: ignore[return-value]
 
     @property
     def distributed(self) -> bool:

@@ -106,6 +106,8 @@ class Config:
         model = self.model
         if self.layers.sparse and not self.layers.masked:
             self.attention.refuse_dense()
+        if self.layers.sparse and not any(self.mixers.sparse_kind(kind).selects for kind in self.layers.sparse_kinds):
+            self.attention.refuse_moves(self.layers.sparse_kinds)
         for kind in self.layers.sparse_kinds:
             settings = self.mixers.sparse_kind(kind)
             if model.sink_logits and not settings.takes_sinks:

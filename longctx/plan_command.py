@@ -13,9 +13,9 @@ from longctx.config import Config, load_config
 from longctx.data.prepare import prepare
 from longctx.engines.engine import DTYPES
 from longctx.kernels.mask import HeadMasks, Mask
-from longctx.mixers.sparse.seer import SeerConfig
 from longctx.parallel.balance import balance_of, describe
 from longctx.parallel.cost import traffic
+from longctx.parallel.heads import HeadSplit
 from longctx.parallel.mesh import Degrees
 from longctx.parallel.plan import Plan, plan
 from longctx.parallel.schedule import Shape
@@ -31,7 +31,7 @@ from longctx.setup import (
     with_vocabulary,
 )
 from longctx.simulated import simulated_degrees
-from longctx.sparse_traffic import summaries
+from longctx.sparse_traffic import selection_bytes
 from longctx.stack import describe_linear, stack_shape
 from longctx.stack_traffic import choose_state_layout
 
@@ -125,8 +125,7 @@ def sparse_lines(config: Config, kind: str, bounds: Sequence[int], *, degrees: D
     lines.append(f"  pairs: about {pairs:,} for each head, {pairs / causal:.1%} of causal ones")
     if cp == 1:
         return lines
-    told = summaries(
-        settings,
+    told = settings.summaries(
         tokens=total // cp,
         kv_heads=model.num_kv_heads,
         head_dim=model.head_size,
@@ -135,9 +134,19 @@ def sparse_lines(config: Config, kind: str, bounds: Sequence[int], *, degrees: D
     if told.what:
         forward, backward = ((cp - 1) * each / 1e3 for each in (told.forward, told.backward))
         lines.append(f"  routing: a rank sends {told.what}: {forward:,.1f} kB forward, {backward:,.1f} kB backward")
-    moves = config.attention.kv_moves
-    dense = isinstance(settings, SeerConfig) and settings.mode == "distill"
-    return [*lines, f"  K/V: {'as of dense attention' if dense else f'{MOVED[moves]} (attention.kv_moves={moves})'}"]
+    teams, slots = schedule.teams(cp), settings.slots(total=total, **heads(config))
+    split = HeadSplit(model.num_heads, model.num_kv_heads, teams.size)
+    if sent := (teams.size - 1) * selection_bytes(slots, tokens=total // cp, total=total, split=split):
+        lines.append(f"  selection: a rank tells those that share its heads: {sent / 1e3:,.1f} kB forward")
+    dense = not settings.selects or teams.count == 1
+    way = "as of dense attention" if dense else f"{MOVED[config.attention.moves]} ({_moves_words(config)})"
+    return [*lines, f"  K/V: {way}"]
+
+
+def _moves_words(config: Config) -> str:
+    attention = config.attention
+    words = f"attention.kv_moves={attention.kv_moves}"
+    return words if attention.moves == attention.kv_moves else f"{words}, attention.gather_heads set"
 
 
 def table(plans: Sequence[Plan], shape: Shape) -> list[str]:

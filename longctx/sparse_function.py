@@ -70,8 +70,7 @@ def on_team(arrangement: Arrangement, selection: Selection, *, device: torch.dev
     share = kv_share if selection.heads == arrangement.split.kv_heads else q_share
     order = arrangement.order(device)
     tensors = [x for x in (selection.lo, selection.hi, selection.slot_class) if x is not None]
-    # Half the bytes; positions of longer sequences do not fit.
-    small = torch.int32 if arrangement.total < 2**31 else torch.int64
+    small = told_dtype(arrangement.total)
     moved = to_heads(team, [x.to(small) for x in tensors], [share] * len(tensors), order)
     lo, hi, *rest = moved
     key_class = selection.key_class
@@ -80,6 +79,11 @@ def on_team(arrangement: Arrangement, selection: Selection, *, device: torch.dev
     beside = None if selection.beside is None else on_team(arrangement, selection.beside, device=device)
     slot_class = rest[0] if rest else None
     return replace(selection, lo=lo, hi=hi, slot_class=slot_class, key_class=key_class, beside=beside)
+
+
+def told_dtype(total: int) -> torch.dtype:
+    """Return the dtype in which a team is told of positions: half the bytes, where those of the sequence fit."""
+    return torch.int32 if total < 2**31 else torch.int64
 
 
 class SelectedAttention(torch.autograd.Function):

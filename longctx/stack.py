@@ -270,7 +270,7 @@ def build_stack(
                 schedule=schedule,
                 transport=transport,
                 kernel=layers.mixers.sparse_kind(kind).kernel,
-                moves=config.kv_moves,  # type: ignore[arg-type]
+                moves=config.moves,
             )
             for kind in layers.sparse_kinds
         },

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 
-from longctx.sparse_traffic import summaries
 from longctx.verification.attend import counted
 from longctx.verification.bench import Bench
 from longctx.verification.check_attention import LARGEST, max_error, rms_error
@@ -108,8 +107,7 @@ def _sent(small: Small, kind: str, ours: LayerOutcome) -> list[Finding]:
 
 def _summaries(small: Small, kind: str, notes: Sequence[Sequence[Note]]) -> list[Finding]:
     """Compare what routing tells with the closed formula: it depends on the length, not on who selects what."""
-    told = summaries(
-        settings_of(small, kind),
+    told = settings_of(small, kind).summaries(
         tokens=small.total // small.cp,
         kv_heads=small.model.num_kv_heads,
         head_dim=small.source.model.head_size,

@@ -13,6 +13,7 @@ from torch import Tensor
 from longctx.kernels.block_sparse.selection import Selection
 from longctx.kernels.mask import causal, documents, sliding_window
 from longctx.kernels.merge import accumulator_dtype
+from longctx.mixers.sparse.base import Slots
 from longctx.parallel.chain import chain
 from longctx.parallel.cost import traffic
 from longctx.parallel.demand import Demand, Shards, agreed_bytes, shards_of
@@ -23,12 +24,12 @@ from longctx.parallel.schedules.ring import Ring
 from longctx.parallel.teams import Teams
 from longctx.sparse_attention import BUCKETS
 from longctx.sparse_moves import MoveCosts, move_costs
+from longctx.sparse_traffic import selection_bytes
 from longctx.verification.small import Small
 from longctx.verification.sparse_layer import document_starts
 from longctx.verification.watch_sparse import Note
 
 NOTHING = Sent(0, {})
-POSITION = 4  # bytes of a position of a selection, where a team is told of it
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Call:
 
     def way(self, member: int) -> str:
         """Return how K/V move for a member's heads."""
-        return "all" if self.teams.count == 1 else self.costs(member).choose(self.small.attention.kv_moves)  # type: ignore[arg-type]
+        return "all" if self.teams.count == 1 else self.costs(member).choose(self.small.attention.moves)
 
     def moved(self, rank: int) -> Pass:
         """Return what a rank sends of K/V and their gradients."""
@@ -133,9 +134,8 @@ class Call:
         assert note.selection is not None
         parts = note.selection.parts()
         told = sum(
-            part.rows * tokens * (own.kv_heads if part.heads == split.kv_heads else own.heads) * part.slots * count
+            part.rows * selection_bytes([slots_of(part)], tokens=tokens, total=self.small.total, split=split)
             for part in parts
-            for count in [2 if part.slot_class is None else 3]
         )
         q, out = own.heads * own.head_dim, own.heads * own.v_head_dim
         kv = own.kv_heads * (own.head_dim + own.v_head_dim)
@@ -146,7 +146,7 @@ class Call:
             of_slots = own.heads * gates[0][3] * gates[1].itemsize
             there, back, hops = there + of_slots, back + of_slots, 3
         peers = [peer for peer in teams.members[teams.place(rank)[0]] if peer != rank]
-        forward = Sent(len(parts) + hops, dict.fromkeys(peers, told * POSITION + rows * tokens * there))
+        forward = Sent(len(parts) + hops, dict.fromkeys(peers, told + rows * tokens * there))
         return Pass(forward, Sent(hops, dict.fromkeys(peers, rows * tokens * back)))
 
     @cached_property
@@ -163,6 +163,11 @@ class Call:
             heads = split.kv(member) if part.heads == split.kv_heads else split.q(member)
             found.append(touched(part, total=self.small.total)[sorted(set(heads))].any(0))
         return torch.stack(found).any(0)
+
+
+def slots_of(part: Selection) -> Slots:
+    """Return the size of a selection without others beside it."""
+    return Slots(part.heads, part.slots, part.slot_class is not None)
 
 
 def touched(part: Selection, *, total: int) -> Tensor:

@@ -87,6 +87,16 @@ def test_sparse_layers(tmp_path, capsys):
     assert main([*run, "attention=s2", "attention.kv_moves=blocks"]) == 0
     told = capsys.readouterr().out
     assert "routing" not in told and "K/V: the selected blocks alone" in told
+    small = [*run, "attention=moba", "mixers.moba.block_size=32"]
+    assert main([*small, "attention.schedule=ulysses"]) == 0
+    told = capsys.readouterr().out
+    sent = 128 * 3 * 2 * 4 * 3 / 1e3  # tokens of a rank, slots, both ends, bytes, other ranks; a head for each
+    assert f"selection: a rank tells those that share its heads: {sent:.1f} kB forward" in told
+    assert "K/V: as of dense attention\n" in told
+    assert main([*small, "attention.schedule=all_gather", "attention.gather_heads=1", "mixers.moba.topk=1"]) == 0
+    told = capsys.readouterr().out
+    assert "selection" not in told and "routing" not in told
+    assert "K/V: on the schedule, without what nobody selected (attention.kv_moves=auto, attention.gather_he" in told
     assert main([*run, "attention=moba"]) == 2
     assert "mixers.moba.block_size=512 at parallel.cp=4: zigzag cuts blocks" in capsys.readouterr().err
 

@@ -6,9 +6,10 @@ import shlex
 import pytest
 
 from longctx.config import load_config
+from longctx.kernels.block_sparse import triton_kernel
 from longctx.mixers.config import MixersConfig
 from longctx.mixers.pattern import SPARSE_KINDS
-from longctx.setup import check_kernel, check_world
+from longctx.setup import check_kernel, check_sparse_kernel, check_world
 
 SMALL = "data.seq_len=2048 mixers.moba.block_size=64"
 
@@ -36,6 +37,9 @@ def test_every_kind_has_a_preset(kind):
         ("attention.layout=striped attention.width=64", ("moba",) * 2, "moba"),
         ("attention.layout=contiguous attention.schedule=all_gather attention.kv_moves=hops", ("moba",) * 2, "moba"),
         ("attention.layers=[moba,routing,full]", ("moba", "routing", "full"), "moba routing softmax"),
+        ("attention.layers=[moba,seer] attention.kv_moves=blocks", ("moba", "seer"), "moba seer softmax"),
+        ("attention.schedule=ulysses attention.kv_moves=all", ("moba",) * 2, "moba"),
+        ("attention.schedule=all_gather attention.kv_moves=hops attention.gather_heads=2", ("moba",) * 2, "moba"),
     ],
 )
 def test_stacks(overrides, kinds, kernels):
@@ -62,6 +66,23 @@ def test_stacks(overrides, kinds, kernels):
         (
             "attention.kv_moves=blocks",
             "attention.kv_moves=blocks has no effect: no layer of attention.layers=null is sparse; leave it auto",
+        ),
+        (
+            "attention=seer attention.kv_moves=blocks",
+            "attention.kv_moves=blocks has no effect with mixers.seer.mode=distill, whose attention is dense: leave it "
+            "auto, or set mixers.seer.mode=sparse",
+        ),
+        ("attention.layers=[seer,full] attention.kv_moves=hops", "attention.kv_moves=hops has no effect with mixers."),
+        (
+            "attention=moba attention.schedule=ulysses attention.kv_moves=hops",
+            "attention.kv_moves=hops has no effect with attention.schedule=ulysses, where every rank has all tokens of "
+            "its heads and nothing that is selected travels: leave it auto, or use attention.schedule=ring|",
+        ),
+        ("attention=local attention.layers=mosa attention.kv_moves=blocks", "no effect with attention.schedule=local"),
+        (
+            "attention=moba attention.schedule=all_gather attention.gather_heads=1 attention.kv_moves=blocks",
+            "attention.kv_moves=blocks collects selected blocks of all KV heads at once, so that "
+            "attention.gather_heads=1 cannot be honoured: set attention.kv_moves=hops, or leave attention.gather_heads",
         ),
         ("attention=gdn_3_1 attention.kv_moves=hops", "no layer of attention.layers=gdn*3 + full*1 is sparse"),
         (
@@ -157,6 +178,21 @@ def test_settings(setting, words):
     settings = type(getattr(MixersConfig(), kind))(**{key: value})
     with pytest.raises(ValueError, match=re.escape(words)):
         MixersConfig(**{kind: settings}).validate([kind], head_dim=8)
+
+
+def test_heads_that_are_gathered_a_few_at_a_time_are_never_exchanged_in_blocks_by_choice():
+    overrides = ["attention=moba", "attention.schedule=all_gather"]
+    assert load_config(overrides).attention.moves == "auto"
+    assert load_config([*overrides, "attention.gather_heads=1"]).attention.moves == "hops"
+    assert load_config([*overrides, "attention.gather_heads=2", "attention.kv_moves=all"]).attention.moves == "all"
+
+
+def test_all_kernels_of_a_kind_are_named(monkeypatch):
+    """SLA's sum has a column more than heads have: where that is too wide, another kernel computes it."""
+    monkeypatch.setattr(triton_kernel, "reason_not_to_run", lambda device_type: None)
+    for size, names in ((64, "triton"), (256, "triton and torch"), (512, "torch")):
+        config = load_config(["attention=sla", f"model.head_dim={size}"])
+        assert check_sparse_kernel(config, "sla", device_type="cuda") == names
 
 
 def test_settings_of_a_command_line_are_checked():

@@ -54,7 +54,7 @@ RUNS = [
 ]
 MESHES = [
     (4, "attention=ring"),
-    (4, "attention=ulysses attention.kv_moves=hops"),
+    (4, "attention=ulysses"),
     (2, "attention=all_gather attention.layout=zigzag attention.kv_moves=all"),
     (4, "attention=zigzag attention.kv_moves=blocks"),
     (2, "attention=striped attention.width=16 attention.kv_moves=blocks"),

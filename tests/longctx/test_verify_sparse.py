@@ -10,11 +10,14 @@ from longctx.config import load_config
 from longctx.kernels.block_sparse.selection import allowed
 from longctx.mixers.config import MixersConfig
 from longctx.mixers.pattern import SPARSE_KINDS
+from longctx.mixers.sparse.base import Slots, SparseMixerConfig, best_slots
 from longctx.verification import truth_sparse
 from longctx.verification.report import WIDTH, WIDTHS
 from longctx.verification.small import shrink
-from longctx.verification.sparse_layer import settings_of
+from longctx.verification.sparse_bytes import slots_of
+from longctx.verification.sparse_layer import make_mixer, run_whole, settings_of
 from longctx.verification.truth_sparse import starts_of
+from longctx.verification.watch_sparse import selections
 from tests.longctx.test_verify import verify_on_a_rank
 from tests.support import sparse_bugs as bugs
 from tests.support.verify import failed, results
@@ -93,6 +96,8 @@ PRODUCTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "where", "moves", "dtype"), PRODUCTS)
 def test_every_kind_passes_on_every_schedule(capsys, kind, where, moves, dtype):
+    if kind == "seer" or "ulysses" in where.split("=")[-1]:  # distilled; all heads are shared
+        moves = "all"
     overrides = f"attention={kind} {where} attention.kv_moves={moves} engine.dtype={dtype}"
     check_good(*table(capsys, *overrides.split(), tokens=48))
 
@@ -281,6 +286,42 @@ def test_patterns_in_other_words_are_those_of_the_kernels(kind):
     )
     ours = allowed(pattern, torch.arange(66))[0]
     assert torch.equal(seen, ours.repeat_interleave(4 // len(ours), dim=0))
+
+
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
+def test_settings_know_the_size_of_what_is_selected(kind):
+    """What ranks that share heads tell each other is counted from it."""
+    sparse = ["mixers.seer.mode=sparse"] if kind == "seer" else []
+    small, notes = whole_layer(kind, *sparse)
+    parts = [slots_of(part) for selection in selections(notes) for part in selection.parts()]
+    assert tuple(parts) == settings_of(small, kind).slots(total=small.total, heads=4, kv_heads=2)
+
+
+def test_there_are_no_more_slots_than_blocks():
+    for size, topk, slots in ((8, 100, 9), (8, 8, 8), (64, 2, 2), (8, 1, 1)):
+        assert best_slots(4, total=60, block_size=size, topk=topk) == Slots(4, slots, classes=False)
+
+
+@pytest.mark.parametrize("kind", ["moba", "seer", "landmark", "sla"])
+def test_nothing_is_told_where_only_the_own_block_is_seen(kind):
+    sparse = ["mixers.seer.mode=sparse"] if kind == "seer" else []
+    for topk in (1, 2):
+        small, notes = whole_layer(kind, f"mixers.{kind}.topk={topk}", *sparse)
+        asked = [note for note in notes if note.method.startswith("gather_")]
+        settings = settings_of(small, kind)
+        told = settings.summaries(tokens=small.total, kv_heads=2, head_dim=8, dtype=torch.float32)
+        assert bool(asked) == bool(told.what) == bool(told.forward) == (topk == 2)
+
+
+def whole_layer(kind, *overrides):
+    """Return a small configuration, and what one rank's layer asked its place for."""
+    small = shrink(load_config([f"attention={kind}", *overrides]), cp=1, per_machine=1, tokens_per_rank=64)
+    return small, run_whole(small, make_mixer(small, kind, batch=1, seed=1), backward=False).notes[0]
+
+
+def test_a_kind_must_say_what_it_tells():
+    with pytest.raises(NotImplementedError):
+        SparseMixerConfig().summaries(tokens=8, kv_heads=1, head_dim=8, dtype=torch.float32)
 
 
 def test_every_kind_has_a_small_form():

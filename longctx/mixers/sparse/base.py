@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from longctx.kernels.block_sparse.contract import Weights
@@ -39,6 +40,36 @@ class Inputs(NamedTuple):
     sink_logits: Tensor | None
 
 
+class Summaries(NamedTuple):
+    """What the router of a layer tells each other rank while it trains, for one sequence.
+
+    Attributes:
+        what: in words; empty where nothing is told.
+        forward, backward: bytes to each peer.
+    """
+
+    what: str
+    forward: int
+    backward: int
+
+
+NO_SUMMARIES = Summaries("", 0, 0)
+
+
+class Slots(NamedTuple):
+    """The size of a selection without others beside it: see `kernels.block_sparse.selection`.
+
+    Attributes:
+        heads: H or HK.
+        per_query: slots of a query in each of them.
+        classes: whether slots have classes.
+    """
+
+    heads: int
+    per_query: int
+    classes: bool
+
+
 class SparseMixer(nn.Module):
     """Select and attend; parameters, if there are any, are those of the selection and of gates between branches."""
 
@@ -68,6 +99,11 @@ class SparseMixerConfig(SoftmaxMixerConfig):
         return True
 
     @property
+    def selects(self) -> bool:
+        """Tell whether queries attend to what is selected; false where all attention is dense (`mode=distill`)."""
+        return True
+
+    @property
     def dense_beside(self) -> bool:
         """Tell whether there is attention under a mask inside, which is the model's own: its kernel and schedule."""
         return False
@@ -79,6 +115,24 @@ class SparseMixerConfig(SoftmaxMixerConfig):
     def requests(self, request: Request) -> tuple[tuple[Request, Weights], ...]:
         """Return what a layer asks its kernel for, where attention to selected keys is `request`."""
         return ((request, "softmax"),)
+
+    def summaries(self, *, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Summaries:
+        """Return what routing exchanges before anything is selected: nothing of it depends on who selects what.
+
+        Args:
+            tokens: of a rank, in whole blocks where the kind summarises them.
+            dtype: of the arithmetic; summaries are float32 (float64 for float64).
+        """
+        raise NotImplementedError
+
+    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
+        """Return the sizes of what a layer attends to, part by part, as often as it attends to it.
+
+        Args:
+            total: tokens of a sequence.
+            heads, kv_heads: of the model; of settings that `of_model` returns.
+        """
+        raise NotImplementedError
 
     def of_model(self, *, heads: int, kv_heads: int) -> Self:
         """Return the settings with numbers for what depends on the model's heads."""
@@ -99,6 +153,11 @@ class SparseMixerConfig(SoftmaxMixerConfig):
         that `of_model` returns.
         """
         raise NotImplementedError
+
+
+def best_slots(heads: int, *, total: int, block_size: int, topk: int) -> Slots:
+    """Return the size of a selection of the own block and the best `topk - 1` others."""
+    return Slots(heads, min(topk - 1, -(-total // block_size)) + 1, classes=False)
 
 
 def at_least(kind: str, least: int, **values: int) -> None:

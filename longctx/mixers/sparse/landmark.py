@@ -13,7 +13,17 @@ from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.contract import Request
 from longctx.kernels.merge import accumulator_dtype
 from longctx.kernels.precision import without_autocast
-from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.mixers.sparse.base import (
+    NO_SUMMARIES,
+    Inputs,
+    Sizes,
+    Slots,
+    SparseMixer,
+    SparseMixerConfig,
+    Summaries,
+    at_least,
+    best_slots,
+)
 from longctx.mixers.sparse_place import SparsePlace
 
 
@@ -38,6 +48,15 @@ class LandmarkConfig(SparseMixerConfig):
 
     def validate(self, kind: str) -> None:
         at_least(kind, 1, block_size=self.block_size, topk=self.topk)
+
+    def summaries(self, *, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Summaries:
+        if self.topk == 1:
+            return NO_SUMMARIES
+        marks = tokens // self.block_size * kv_heads * head_dim * accumulator_dtype(dtype).itemsize
+        return Summaries("landmarks' keys, and their gradients", marks, marks)
+
+    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
+        return (best_slots(heads, total=total, block_size=self.block_size, topk=self.topk),)
 
     def make(self, sizes: Sizes) -> SparseMixer:
         return Landmark(self, sizes)
@@ -82,9 +101,10 @@ class Landmark(SparseMixer):
 
     @without_autocast
     def _landmarks(self, k: Tensor, place: SparsePlace) -> Tensor:
-        """Return the keys of all landmarks, `[B, N, HK, D]`."""
+        """Return the keys of all landmarks, `[B, N, HK, D]`; of this rank's where none is ever picked."""
         block_size = self.settings.block_size
         last = last_of_blocks(k, place.own_blocks(block_size)).to(torch.float64)
         own = torch.einsum("bnhd,hde->bnhe", last, self.landmark_weight.to(torch.float64))
         # Rounded from float64: the same bits, and so the same choice, however many blocks a rank has.
-        return place.gather_blocks(own.to(accumulator_dtype(k.dtype)), block_size=block_size)
+        own = own.to(accumulator_dtype(k.dtype))
+        return own if self.settings.topk == 1 else place.gather_blocks(own, block_size=block_size)

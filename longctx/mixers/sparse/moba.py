@@ -6,10 +6,21 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.block_sparse.blocks import block_mean
-from longctx.kernels.block_sparse.routing.moba import moba_blocks
+from longctx.kernels.block_sparse.routing.moba import moba_blocks, own_slots
 from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.selection import selected_blocks
-from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.kernels.merge import accumulator_dtype
+from longctx.mixers.sparse.base import (
+    NO_SUMMARIES,
+    Inputs,
+    Sizes,
+    Slots,
+    SparseMixer,
+    SparseMixerConfig,
+    Summaries,
+    at_least,
+    best_slots,
+)
 from longctx.mixers.sparse_place import SparsePlace
 
 
@@ -32,6 +43,13 @@ class MobaConfig(SparseMixerConfig):
     def validate(self, kind: str) -> None:
         at_least(kind, 1, block_size=self.block_size, topk=self.topk)
 
+    def summaries(self, *, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Summaries:
+        numbers = tokens // self.block_size * kv_heads * head_dim
+        return means_of_blocks(numbers, topk=self.topk, dtype=dtype)
+
+    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
+        return (best_slots(heads, total=total, block_size=self.block_size, topk=self.topk),)
+
     def make(self, sizes: Sizes) -> SparseMixer:
         return Moba(self)
 
@@ -43,7 +61,7 @@ class Moba(SparseMixer):
     """One softmax over a query's own block and the best blocks before it, for every query head by itself.
 
     Nothing is learnt, and the choice has no gradient: keys are trained by what they are attended for. Ranks exchange
-    the means of their blocks' keys (float32).
+    the means of their blocks' keys (float32), where there is something to choose.
     """
 
     def __init__(self, settings: MobaConfig) -> None:
@@ -57,9 +75,18 @@ class Moba(SparseMixer):
         return place.attend(inputs.q, inputs.k, inputs.v, selection=selection, sink_logits=inputs.sink_logits)
 
 
+def means_of_blocks(numbers: int, *, topk: int, dtype: torch.dtype) -> Summaries:
+    """Return what `best_blocks` exchanges where the means of a rank's blocks have so many `numbers`."""
+    if topk == 1:
+        return NO_SUMMARIES
+    return Summaries("means of blocks' keys", numbers * accumulator_dtype(dtype).itemsize, 0)
+
+
 @torch.no_grad()
 def best_blocks(inputs: Inputs, place: SparsePlace, *, block_size: int, topk: int) -> Tensor:
     """Return the own block and those before it of the best mean keys: int64 `[B, T, H, topk]`, -1 where fewer."""
+    if topk == 1:
+        return own_slots(place.positions, block_size=block_size, like=inputs.q)
     means = place.gather_blocks(block_mean(inputs.k, place.own_blocks(block_size)), block_size=block_size)
     return moba_blocks(
         inputs.q,

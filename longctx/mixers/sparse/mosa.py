@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from longctx.kernels.block_sparse.routing.mosa import chunk_selection, expert_selection, router_scores
 from longctx.kernels.merge import accumulator_dtype
 from longctx.kernels.precision import without_autocast
-from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.mixers.sparse.base import (
+    Inputs,
+    Sizes,
+    Slots,
+    SparseMixer,
+    SparseMixerConfig,
+    Summaries,
+    at_least,
+)
 from longctx.mixers.sparse_place import SparsePlace
 
 _SELECTIONS = ("chunk", "expert")
@@ -57,6 +65,12 @@ class MosaConfig(SparseMixerConfig):
             "selection=expert is not causal: which tokens are kept depends on later ones, so losses are not those of a "
             "model that could generate"
         )
+
+    def summaries(self, *, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Summaries:
+        return Summaries("a score of each token and KV head", tokens * kv_heads * accumulator_dtype(dtype).itemsize, 0)
+
+    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
+        return (Slots(kv_heads, 2 if self.selection == "chunk" else 1, classes=True),)
 
     def make(self, sizes: Sizes) -> SparseMixer:
         return Mosa(self, sizes)

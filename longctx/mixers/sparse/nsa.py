@@ -11,7 +11,16 @@ from longctx.kernels.block_sparse.routing.nsa import compressed, compressed_seen
 from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.merge import accumulator_dtype
-from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least, refuse_sinks
+from longctx.mixers.sparse.base import (
+    Inputs,
+    Sizes,
+    Slots,
+    SparseMixer,
+    SparseMixerConfig,
+    Summaries,
+    at_least,
+    refuse_sinks,
+)
 from longctx.mixers.sparse_place import SparsePlace
 
 
@@ -67,6 +76,13 @@ class NsaConfig(SparseMixerConfig):
                 f"mixers.{kind}.select={self.select} must be >= {self.local + 1}: the first block of a document and "
                 f"mixers.{kind}.local={self.local} others are always among them"
             )
+
+    def summaries(self, *, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Summaries:
+        cells = tokens // self.compress_stride * 2 * kv_heads * head_dim * accumulator_dtype(dtype).itemsize
+        return Summaries("means of cells' keys and values, and their gradients", cells, cells)
+
+    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
+        return (Slots(kv_heads, min(self.select, -(-total // self.block_size)), classes=False),)
 
     def make(self, sizes: Sizes) -> SparseMixer:
         return Nsa(self, sizes)

@@ -15,7 +15,15 @@ from longctx.kernels.block_sparse.routing.clusters import (
 )
 from longctx.kernels.precision import without_autocast
 from longctx.mixers.initial import normal
-from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.mixers.sparse.base import (
+    Inputs,
+    Sizes,
+    Slots,
+    SparseMixer,
+    SparseMixerConfig,
+    Summaries,
+    at_least,
+)
 from longctx.mixers.sparse_place import SparsePlace
 
 
@@ -42,6 +50,12 @@ class RoutingConfig(SparseMixerConfig):
                 f"mixers.{kind}.commitment must be > 0 and finite: nothing else moves the centroids; given "
                 f"{self.commitment}"
             )
+
+    def summaries(self, *, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Summaries:
+        return Summaries("the cluster of each token's keys", tokens * kv_heads * torch.int32.itemsize, 0)
+
+    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
+        return (Slots(kv_heads, 2, classes=True),)
 
     def make(self, sizes: Sizes) -> SparseMixer:
         return Routing(self, sizes)

@@ -9,12 +9,24 @@ from torch import Tensor, nn
 from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.patterns.counts import triangle
 from longctx.kernels.block_sparse.routing.distill import Teacher, gate_loss
+from longctx.kernels.block_sparse.routing.moba import own_slots
 from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.routing.seer import gate_keys, gate_queries, pooled, seer_blocks
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.contract import Request
+from longctx.kernels.merge import accumulator_dtype
 from longctx.mixers.initial import normal
-from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.mixers.sparse.base import (
+    NO_SUMMARIES,
+    Inputs,
+    Sizes,
+    Slots,
+    SparseMixer,
+    SparseMixerConfig,
+    Summaries,
+    at_least,
+    best_slots,
+)
 from longctx.mixers.sparse_place import SparsePlace
 from longctx.rope import apply_rope, rope_table
 
@@ -61,6 +73,17 @@ class SeerConfig(SparseMixerConfig):
 
     def requests(self, request: Request) -> tuple[tuple[Request, Weights], ...]:
         return super().requests(request) if self.selects else ()
+
+    def summaries(self, *, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Summaries:
+        key = kv_heads * head_dim
+        pools = tokens // self.block_size * 3 * key * accumulator_dtype(dtype).itemsize
+        if not self.selects:
+            return Summaries("pooled keys of blocks, and all keys to distill", pools + tokens * key * dtype.itemsize, 0)
+        return Summaries("pooled keys of blocks", pools, 0) if self.topk > 1 else NO_SUMMARIES
+
+    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
+        best = best_slots(kv_heads, total=total, block_size=self.block_size, topk=self.topk)
+        return (best,) if self.selects else ()
 
     def validate(self, kind: str) -> None:
         at_least(kind, 1, block_size=self.block_size, topk=self.topk)
@@ -123,19 +146,26 @@ class Seer(SparseMixer):
                 place.add_loss(self._loss(inputs, place))
             return place.attend_dense(inputs.q, inputs.k, inputs.v, sink_logits=inputs.sink_logits)
         block_size = self.settings.block_size
-        with torch.no_grad():
-            q, k = self._gate(inputs, place)
-            chosen = seer_blocks(
-                q,
-                k,
-                blocks=place.all_blocks(block_size),
-                positions=place.positions,
-                first=place.first,
-                topk=self.settings.topk,
-                threshold=self.settings.threshold,
-            )
+        chosen = self._chosen(inputs, place)
         selection = selected_blocks(chosen, block_size=block_size, positions=place.positions, first=place.first)
         return place.attend(inputs.q, inputs.k, inputs.v, selection=selection, sink_logits=inputs.sink_logits)
+
+    @torch.no_grad()
+    def _chosen(self, inputs: Inputs, place: SparsePlace) -> Tensor:
+        """Return the blocks that each query sees, int64 `[B, T, HK, S]`, -1 = none."""
+        block_size = self.settings.block_size
+        if self.settings.topk == 1:
+            return own_slots(place.positions, block_size=block_size, like=inputs.k)
+        q, k = self._gate(inputs, place)
+        return seer_blocks(
+            q,
+            k,
+            blocks=place.all_blocks(block_size),
+            positions=place.positions,
+            first=place.first,
+            topk=self.settings.topk,
+            threshold=self.settings.threshold,
+        )
 
     def _gate(self, inputs: Inputs, place: SparsePlace) -> tuple[Tensor, Tensor]:
         """Return gate queries `[B, T, HK, E]` and all blocks' gate keys `[B, N, HK, E]`, float32 (float64)."""

@@ -8,12 +8,22 @@ from torch import Tensor, nn
 from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.routing.sla import FEATURE_MAPS, features, left_out, rest_of, with_ones
-from longctx.kernels.block_sparse.selection import Selection, selected_blocks
+from longctx.kernels.block_sparse.selection import Selection, narrowed, selected_blocks
 from longctx.kernels.contract import Request
 from longctx.kernels.merge import accumulator_dtype
 from longctx.kernels.precision import without_autocast
-from longctx.mixers.sparse.base import Inputs, Sizes, SparseMixer, SparseMixerConfig, at_least, refuse_sinks
-from longctx.mixers.sparse.moba import best_blocks
+from longctx.mixers.sparse.base import (
+    Inputs,
+    Sizes,
+    Slots,
+    SparseMixer,
+    SparseMixerConfig,
+    Summaries,
+    at_least,
+    best_slots,
+    refuse_sinks,
+)
+from longctx.mixers.sparse.moba import best_blocks, means_of_blocks
 from longctx.mixers.sparse_place import SparsePlace
 
 
@@ -53,6 +63,14 @@ class SlaConfig(SparseMixerConfig):
                 f"mixers.{kind}.feature_map={self.feature_map} is not known; known are {', '.join(FEATURE_MAPS)}"
             )
 
+    def summaries(self, *, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Summaries:
+        numbers = tokens // self.block_size * kv_heads * head_dim
+        return means_of_blocks(numbers, topk=self.topk, dtype=dtype)
+
+    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
+        """Return what the softmax attends to, and the sum once more."""
+        return (best_slots(heads, total=total, block_size=self.block_size, topk=self.topk),) * 2
+
     def make(self, sizes: Sizes) -> SparseMixer:
         return Sla(self, sizes)
 
@@ -79,6 +97,7 @@ class Sla(SparseMixer):
         block_size = self.settings.block_size
         picks = best_blocks(inputs, place, block_size=block_size, topk=self.settings.topk)
         chosen = selected_blocks(picks, block_size=block_size, positions=place.positions, first=place.first)
+        chosen = narrowed(chosen, total=place.total)  # both attentions keep it until the backward: one copy for both
         some = left_out(picks[..., :-1], block_size=block_size, positions=place.positions, first=place.first)
         out = place.attend(inputs.q, inputs.k, inputs.v, selection=chosen)
         return out + self._rest(inputs, chosen, some, place).to(out.dtype)

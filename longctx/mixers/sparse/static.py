@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
+
 from longctx.kernels.block_sparse.patterns.fixed import Fixed
 from longctx.kernels.block_sparse.patterns.heads import ALTERNATE, HEADS, MERGED
 from longctx.kernels.block_sparse.patterns.neighborhood import Neighborhood
@@ -10,7 +12,15 @@ from longctx.kernels.block_sparse.patterns.pattern import Pattern
 from longctx.kernels.block_sparse.patterns.s2 import S2
 from longctx.kernels.block_sparse.patterns.strided import Strided
 from longctx.kernels.block_sparse.patterns.vertical_slash import VerticalSlash
-from longctx.mixers.sparse.base import Sizes, SparseMixer, SparseMixerConfig, at_least
+from longctx.mixers.sparse.base import (
+    NO_SUMMARIES,
+    Sizes,
+    Slots,
+    SparseMixer,
+    SparseMixerConfig,
+    Summaries,
+    at_least,
+)
 from longctx.mixers.sparse.static_mixer import StaticMixer
 
 
@@ -26,6 +36,18 @@ class StaticConfig(SparseMixerConfig):
     def make(self, sizes: Sizes) -> SparseMixer:
         """Return the module of a layer."""
         return StaticMixer(self.of_model(heads=sizes.heads, kv_heads=sizes.kv_heads).pattern)
+
+    def summaries(self, *, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Summaries:
+        """Return that nothing is told: what is seen follows from positions."""
+        return NO_SUMMARIES
+
+    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
+        """Return the sizes of the selection of one token, which are those of any."""
+        nowhere = torch.zeros(1, 1, dtype=torch.int64)
+        selection = self.pattern.selection(
+            positions=nowhere[0], document_of=nowhere, num_heads=heads, num_kv_heads=kv_heads
+        )
+        return tuple(Slots(part.heads, part.slots, part.slot_class is not None) for part in selection.parts())
 
     def pairs(self, begin: int, length: int) -> int:
         """Return the pairs of a document, the mean over heads; see `SparseMixerConfig`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from longctx.kernels.block_sparse.patterns.pattern import Pattern
-from longctx.kernels.block_sparse.selection import Selection
+from longctx.kernels.block_sparse.selection import Selection, narrowed
 from longctx.mixers.sparse.base import Inputs, SparseMixer
 from longctx.mixers.sparse_place import SparsePlace
 
@@ -57,6 +57,7 @@ def selection_at(pattern: Pattern, place: SparsePlace, *, num_heads: int, num_kv
         selection = pattern.selection(
             positions=positions, document_of=document_of, num_heads=num_heads, num_kv_heads=num_kv_heads
         )
+        selection = narrowed(selection, total=place.total)  # layers keep it until the backward: one copy for all
         made.append(_Made(pattern, heads, positions, selection))
         del made[:-MOST]
         return selection
