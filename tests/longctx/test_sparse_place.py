@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from longctx import sparse_attention
 from longctx.kernels.block_sparse.selection import narrowed, widened
 from longctx.mixers.sparse.base import Inputs, Sizes
 from longctx.mixers.sparse.moba import Moba, MobaConfig
@@ -10,11 +11,12 @@ from longctx.mixers.sparse.mosa import MosaConfig
 from longctx.mixers.sparse.nsa import NsaConfig
 from longctx.mixers.sparse.seer import SeerConfig
 from longctx.mixers.sparse.sla import SlaConfig
-from longctx.mixers.sparse.static import S2Config
+from longctx.mixers.sparse.static import S2Config, SparseStridedConfig
 from longctx.parallel.demand import agreed_bytes
 from longctx.parallel.layout import Layout
 from longctx.parallel.loopback import run_ranks
 from longctx.sparse_attention import BUCKETS
+from longctx.sparse_function import SelectedAttention
 from longctx.sparse_ranks import sparse_place
 from tests.support.selections import document_starts, random_blocks
 
@@ -88,6 +90,30 @@ def test_a_selection_is_kept_in_half_the_memory():
     back = widened(kept)
     assert torch.equal(back.lo, selection.lo) and torch.equal(back.hi, selection.hi) and back.lo.dtype == torch.int64
     assert narrowed(selection, total=2**31) is selection  # positions do not fit
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"), [(SlaConfig(block_size=8, topk=3), 1), (SparseStridedConfig(heads="alternate", stride=4), 2)]
+)
+def test_what_attends_to_the_same_selection_keeps_one_copy_of_it(config, layers, monkeypatch):
+    kept = []
+
+    class Watched(SelectedAttention):
+        @staticmethod
+        def forward(ctx, *args):
+            kept.append(args[-1].selection)
+            return SelectedAttention.forward(ctx, *args)
+
+    monkeypatch.setattr(sparse_attention, "SelectedAttention", Watched)
+    place = sparse_place(total=TOTAL, device=CPU)
+    q, k, v = qkv(TOTAL)
+    for _ in range(layers):
+        config.make(Sizes(16, 4, 2, 8)).double()(
+            Inputs(torch.zeros(1, TOTAL, 16, dtype=torch.float64), q, k, v, q, k, None), place=place
+        )
+    first, second = kept
+    assert first.lo.dtype == torch.int32
+    assert first.lo is second.lo and first.hi is second.hi
 
 
 def test_losses_are_computed_where_they_are_minimised():
