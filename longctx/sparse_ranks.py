@@ -140,9 +140,10 @@ class RankSparse:
         return self.dense(q, k, v, plan=plan, softcap=self.softcap, sink_logits=sink_logits)
 
     def attend_local(self, q: Tensor, k: Tensor, v: Tensor, *, seen: Tensor) -> Tensor:
-        begin, end = (seen[:, :, None, each, None].expand(-1, -1, k.shape[2], -1) for each in (0, 1))
+        begin, end = seen.unbind(-1)
+        lo, hi = (each[:, :, None, None].expand(-1, -1, k.shape[2], -1) for each in (begin, end - 1))
         tile = max(min(LOCAL_TILE, k.shape[1]), 1)
-        selection = Selection(lo=begin, hi=end - 1, block_size=tile)
+        selection = Selection(lo=lo, hi=hi, block_size=tile)
         return attend_here(q, k, v, selection=selection, kernel=self.attention.kernel, softcap=self.softcap)
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

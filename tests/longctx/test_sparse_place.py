@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longctx import sparse_attention
+from longctx import sparse_attention, sparse_ranks
 from longctx.kernels.block_sparse.selection import narrowed, widened
 from longctx.mixers.sparse.base import Inputs, Sizes
 from longctx.mixers.sparse.moba import Moba, MobaConfig
@@ -114,6 +114,24 @@ def test_what_attends_to_the_same_selection_keeps_one_copy_of_it(config, layers,
     first, second = kept
     assert first.lo.dtype == torch.int32
     assert first.lo is second.lo and first.hi is second.hi
+
+
+def test_what_is_alike_for_all_heads_is_kept_once(monkeypatch):
+    kept, attend_here = [], sparse_ranks.attend_here
+
+    def watched(*args, selection, **options):
+        kept.append(selection)
+        return attend_here(*args, selection=selection, **options)
+
+    monkeypatch.setattr(sparse_ranks, "attend_here", watched)
+    mixer = NsaConfig(block_size=8, compress_size=4, compress_stride=4).make(Sizes(16, 4, 2, 8)).double()
+    q, k, v = qkv(TOTAL)
+    mixer(
+        Inputs(torch.zeros(1, TOTAL, 16, dtype=torch.float64), q, k, v, q, k, None),
+        place=sparse_place(total=TOTAL, device=CPU),
+    )
+    (compressed,) = kept
+    assert compressed.heads == 2 and compressed.lo.stride(2) == compressed.hi.stride(2) == 0
 
 
 def test_losses_are_computed_where_they_are_minimised():
