@@ -183,7 +183,7 @@ def on_gloo(rank: int, world_size: int, group, cases):
     return results
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_matrix_on_gloo_ranks(gloo_pool, world_size):
     cases = covering(
         {

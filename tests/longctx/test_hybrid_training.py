@@ -18,8 +18,6 @@ STACKS = {
 }
 RUNS = [
     ("hybrid", 2, "attention=striped"),
-]
-SLOW_RUNS = [
     ("performer", 2, "attention=zigzag"),
     ("gdn", 2, "attention=ring attention.state_passing=ring"),
     *((stack, 2, "attention=zigzag") for stack in ("lightning", "gla", "gdn")),
@@ -62,11 +60,10 @@ def reference(gloo_pool, corpus, tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stack", "world_size", "extra", "dtype", "tolerance"),
-    [(*each, "float64", 1e-9) for each in RUNS]
-    + [pytest.param(*each, "float64", 1e-9, marks=pytest.mark.slow) for each in SLOW_RUNS]
-    + [pytest.param(*each, "float32", 1e-4, marks=pytest.mark.slow) for each in RUNS + SLOW_RUNS],
+    [(*each, "float64", 1e-9) for each in RUNS] + [(*each, "float32", 1e-4) for each in RUNS[::3]],
     ids=str,
 )
 def test_same_losses(gloo_pool, reference, corpus, tmp_path, stack, world_size, extra, dtype, tolerance):

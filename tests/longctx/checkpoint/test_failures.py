@@ -221,7 +221,7 @@ def _save_for_ever(rank, world_size, run_dir, keep_last):
             print(step, file=confirmed, flush=True)
 
 
-@pytest.mark.parametrize(("world_size", "keep_last"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("world_size", "keep_last"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
 def test_killed_at_any_moment_there_is_a_complete_checkpoint(ranks, tmp_path, world_size, keep_last):
     choice = random.Random(world_size)
     interrupted = 0
