@@ -179,7 +179,13 @@ def usage() -> str:
 
 def run() -> NoReturn:
     """Run the process's own command line and end the process with its status."""
-    leave(main())
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        status = 128 + 13
+    leave(status)
 
 
 def leave(status: int) -> NoReturn:
@@ -190,8 +196,14 @@ def leave(status: int) -> NoReturn:
     process ("terminate called without an active exception"), and a finished run would look like a failed one.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # whoever read it has seen enough
+            status = status or 128 + 13
+        except OSError as error:
+            os.write(2, f"error: output could not be written: {error}\n".encode())
+            status = status or 1
     os._exit(status)
 
 

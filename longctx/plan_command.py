@@ -12,16 +12,20 @@ from longctx.cli import PLAN_HELP, take_number
 from longctx.config import Config, load_config
 from longctx.data.prepare import prepare
 from longctx.engines.engine import DTYPES
-from longctx.kernels.mask import HeadMasks, Mask
+from longctx.kernels.mask import HeadMasks, Mask, causal, documents, sliding_window
+from longctx.kernels.merge import accumulator_dtype
 from longctx.parallel.balance import balance_of, describe
-from longctx.parallel.cost import traffic
+from longctx.parallel.chain import chain
+from longctx.parallel.cost import in_bytes, traffic
 from longctx.parallel.heads import HeadSplit
 from longctx.parallel.mesh import Degrees
 from longctx.parallel.plan import Plan, plan
 from longctx.parallel.schedule import Shape
+from longctx.parallel.state_passing import StatePassing
 from longctx.setup import (
     check_blocks,
     check_linear_kernel,
+    check_moves,
     check_softmax_kernel,
     check_sparse_kernel,
     choose_attention,
@@ -68,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_softmax_kernel(config, device_type="cuda")  # of what it takes there
         degrees, per_machine = simulated_degrees(config, per_machine=per_machine)
         check_blocks(config, cp=degrees.cp)
+        check_moves(config, cp=degrees.cp, per_machine=per_machine)
         show(config, degrees=degrees, per_machine=per_machine)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -93,8 +98,6 @@ def show(config: Config, *, degrees: Degrees, per_machine: int) -> None:
         print(f"plan{where}: {told}; kernel {config.attention.kernel}")
         print("\n".join(table(plans, shape)))
     bounds = stream.sample(0).cu_seqlens if config.attention.documents else (0, total)
-    for kind in config.layers.sparse_kinds:
-        print("\n".join(sparse_lines(config, kind, bounds, degrees=degrees, per_machine=per_machine)))
     stack = stack_shape(
         config.attention,
         layers=config.layers,
@@ -103,15 +106,21 @@ def show(config: Config, *, degrees: Degrees, per_machine: int) -> None:
         total=total,
         dtype=DTYPES[config.engine.dtype],
     )
+    for kind in config.layers.sparse_kinds:
+        lines = sparse_lines(config, kind, bounds, degrees=degrees, per_machine=per_machine, passing=stack.passing)
+        print("\n".join(lines))
     for line in describe_linear(stack, states=choose_state_layout(stack, config.attention.state_layout)):
         print(line)
 
 
-def sparse_lines(config: Config, kind: str, bounds: Sequence[int], *, degrees: Degrees, per_machine: int) -> list[str]:
+def sparse_lines(
+    config: Config, kind: str, bounds: Sequence[int], *, degrees: Degrees, per_machine: int, passing: StatePassing
+) -> list[str]:
     """Return what is known of a sparse kind before anything is selected: its settings, pairs, and what routing sends.
 
     Args:
         bounds: where the documents of a sequence begin, and its end.
+        passing: of states, where the kind has linear attention beside.
     """
     model, total, cp = config.model, config.data.seq_len, degrees.cp
     settings = config.mixers.sparse_kind(kind).of_model(heads=model.num_heads, kv_heads=model.num_kv_heads)
@@ -121,8 +130,8 @@ def sparse_lines(config: Config, kind: str, bounds: Sequence[int], *, degrees: D
     where = f"{config.attention.make_layout(cp).describe()} x {schedule.name}, cp={cp}, {total:,} tokens"
     lines = [f"plan of {kind} layers: {where}; kernel {settings.kernel}; {words}"]
     lengths = [(begin, end - begin) for begin, end in pairwise(bounds)]
-    pairs, causal = sum(settings.pairs(*each) for each in lengths), sum(n * (n + 1) // 2 for _, n in lengths)
-    lines.append(f"  pairs: about {pairs:,} for each head, {pairs / causal:.1%} of causal ones")
+    pairs, dense_pairs = sum(settings.pairs(*each) for each in lengths), sum(n * (n + 1) // 2 for _, n in lengths)
+    lines.append(f"  pairs: about {pairs:,} for each head, {pairs / dense_pairs:.1%} of causal ones")
     if cp == 1:
         return lines
     told = settings.summaries(
@@ -140,7 +149,25 @@ def sparse_lines(config: Config, kind: str, bounds: Sequence[int], *, degrees: D
         lines.append(f"  selection: a rank tells those that share its heads: {sent / 1e3:,.1f} kB forward")
     dense = not settings.selects or teams.count == 1
     way = "as of dense attention" if dense else f"{MOVED[config.attention.moves]} ({_moves_words(config)})"
-    return [*lines, f"  K/V: {way}"]
+    lines.append(f"  K/V: {way}")
+    if settings.window_beside is not None:
+        mask = causal() & documents(bounds) & sliding_window(settings.window_beside - 1)
+        plans = _plans(config, mask, degrees=degrees, per_machine=per_machine)
+        sent = max(sum(each.bytes for each in traffic(one, layer_shape(config))) for one in plans)
+        lines.append(
+            f"  window: K/V of the last {settings.window_beside} tokens: a rank sends at most {in_bytes(sent)}"
+        )
+    if settings.linear_beside:
+        links = chain(config.attention.make_layout(cp), total)
+        wide = accumulator_dtype(DTYPES[config.engine.dtype]).itemsize * model.num_heads
+        sizes = {"transition_bytes": wide, "state_bytes": wide * model.head_size * (model.head_size + 1)}
+        ways = (links, links.reversed())
+        sent = max(sum(passing.sent(way, rank, **sizes).bytes for way in ways) for rank in range(cp))
+        lines.append(
+            "  K/V once more, in float32 at least: what is selected is taken off linear attention to everything"
+        )
+        lines.append(f"  states of linear attention: a rank sends at most {in_bytes(sent)} ({passing.name})")
+    return lines
 
 
 def _moves_words(config: Config) -> str:

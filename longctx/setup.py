@@ -74,6 +74,7 @@ def check_world(config: Config, *, world_size: int, per_machine: int) -> Degrees
     named.make_layout(degrees.cp).check_total(config.data.seq_len)
     if config.attention.schedule != "auto":
         config.attention.make_schedule(degrees.cp, **heads(config), per_machine=per_machine)
+    check_moves(config, cp=degrees.cp, per_machine=per_machine)
     check_blocks(config, cp=degrees.cp)
     grad_accum_steps(global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, dp_size=degrees.dp)
     return degrees
@@ -88,6 +89,21 @@ def check_blocks(config: Config, *, cp: int) -> None:
                 block_layout(config.attention.make_layout(cp), block_size=size, total=config.data.seq_len)
             except ValueError as error:
                 raise ValueError(f"mixers.{kind}.block_size={size} at parallel.cp={cp}: {error}") from error
+
+
+def check_moves(config: Config, *, cp: int, per_machine: int) -> None:
+    """Refuse ways of moving what is selected where all ranks share heads, so that nothing selected moves."""
+    attention = config.attention
+    if not config.layers.sparse or attention.kv_moves not in ("hops", "blocks") or cp == 1:
+        return
+    schedule = attention.make_schedule(cp, **heads(config), per_machine=per_machine)
+    if schedule.teams(cp).count == 1:
+        ulysses = "null" if attention.ulysses is None else attention.ulysses
+        raise ValueError(
+            f"attention.kv_moves={attention.kv_moves} has no effect with attention.schedule={schedule.name} and "
+            f"attention.ulysses={ulysses} at parallel.cp={cp}, where all ranks share heads and nothing that is "
+            "selected travels: leave it auto, or lower attention.ulysses"
+        )
 
 
 def check_kernel(config: Config, *, device_type: str) -> dict[str, str]:

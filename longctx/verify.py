@@ -26,7 +26,7 @@ from longctx.parallel.mesh import (
 from longctx.parallel.ranks import Ranks
 from longctx.parallel.transport import ProcessGroupTransport
 from longctx.planner import choose, label
-from longctx.setup import check_blocks, check_kernel, check_world, layer_shape, speeds
+from longctx.setup import check_blocks, check_kernel, check_moves, check_world, layer_shape, speeds
 from longctx.simulated import simulated_degrees
 from longctx.verification.attend import kernel_name
 from longctx.verification.bench import Bench, RealRanks, SimulatedRanks
@@ -164,6 +164,7 @@ def _on_simulated_ranks(config: Config, tokens: int | None) -> int:
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     check_kernel(config, device_type=device.type)
     check_blocks(config, cp=degrees.cp)
+    check_moves(config, cp=degrees.cp, per_machine=per_machine)
     table = Table(sys.stdout)
     config = _without_auto(config, degrees=degrees, per_machine=per_machine, device=device, say=table.say)
     small = shrink(config, cp=degrees.cp, per_machine=per_machine, tokens_per_rank=tokens)

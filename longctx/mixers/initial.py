@@ -1,7 +1,7 @@
 """Initial values of the weights that only linear and sparse layers have.
 
-Trainers draw them by name, as all weights, with `mixer_weight`; modules begin with the same distributions, drawn from
-PyTorch's own generator, so that they can be used in other models.
+Trainers draw them by name, as all weights, with `mixer_weight`. Modules begin with the same distributions, drawn from
+PyTorch's own generator, so that they can be used in other models; their `nn.Linear`s, as PyTorch begins those.
 """
 
 import math

@@ -1,8 +1,10 @@
 """The command line: help without torch, commands found lazily, errors that list what there is."""
 
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +70,22 @@ def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "longctx", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "unknown command 'nonsense'" in done.stderr
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_leaves_ends_the_command_quietly(buffered):
+    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "longctx", "--help"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_what_cannot_be_written_is_no_success():
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "longctx", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith(b"error: output could not be written: ")

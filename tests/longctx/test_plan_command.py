@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from longctx.config import load_config
 from longctx.kernels.mask import causal, per_head, sliding_window
+from longctx.parallel.cost import in_bytes
 from longctx.parallel.layout import Layout
 from longctx.parallel.plan import plan
 from longctx.parallel.schedule import Shape
@@ -106,3 +108,28 @@ def test_a_kernel_that_no_machine_takes_is_refused(capsys):
     assert main(["attention.kernel=triton", "engine.dtype=float64", "parallel.cp=2"]) == 2
     assert "attention.kernel=triton cannot serve this" in capsys.readouterr().err
     assert main(["attention.kernel=torch", "model.head_dim=0"]) == 2
+
+
+def test_what_sparse_layers_send_besides_what_is_selected(tmp_path, capsys):
+    data = ["data=txt", f"data.path={write_corpus(tmp_path / 'text')}", f"data.cache_dir={tmp_path / 'cache'}"]
+    run = [*data, "data.seq_len=512", "parallel.cp=4", "attention.documents=false", "attention.layout=contiguous"]
+    small = ["mixers.nsa.window=64", "attention.backward=rotate_kv", "engine.dtype=float32"]
+    assert main([*run, "attention=nsa", *small]) == 0
+    model = load_config(run).model
+    # A rank between others gives 63 keys and values twice, and their gradients home.
+    sent = 63 * 2 * model.num_kv_heads * model.head_size * (2 + 1) * 4
+    words = f"  window: K/V of the last 64 tokens: a rank sends at most {in_bytes(sent)}\n"
+    assert words in capsys.readouterr().out
+
+    assert main([*run, "attention=sla"]) == 0
+    told = capsys.readouterr().out
+    assert "  states of linear attention: a rank sends at most" in told and "  K/V once more, in float32" in told
+
+
+def test_moves_without_effect_are_refused(tmp_path, capsys):
+    data = ["data=txt", f"data.path={write_corpus(tmp_path / 'text')}", f"data.cache_dir={tmp_path / 'cache'}"]
+    run = [*data, "attention=moba", "attention.schedule=usp", "mixers.moba.block_size=64", "data.seq_len=512"]
+    run.append("attention.kv_moves=blocks")
+    assert main([*run, "parallel.cp=2"]) == 2
+    assert "attention.kv_moves=blocks has no effect with attention.schedule=usp" in capsys.readouterr().err
+    assert main([*run, "parallel.cp=4", "attention.ulysses=2"]) == 0

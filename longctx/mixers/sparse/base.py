@@ -108,6 +108,17 @@ class SparseMixerConfig(SoftmaxMixerConfig):
         """Tell whether there is attention under a mask inside, which is the model's own: its kernel and schedule."""
         return False
 
+    @property
+    def window_beside(self) -> int | None:
+        """Return the tokens of a sliding window whose K/V travel besides what is selected; None = there is none."""
+        return None
+
+    @property
+    def linear_beside(self) -> bool:
+        """Tell whether linear attention to all others is added: it passes states, and what is selected travels again
+        in the accumulators' dtype, to be taken off it."""
+        return False
+
     def note(self, *, heads: int, kv_heads: int) -> str | None:
         """Return what somebody who trains with these settings ought to know, if there is something."""
         return None

@@ -57,6 +57,10 @@ class NsaConfig(SparseMixerConfig):
     def dense_beside(self) -> bool:
         return True
 
+    @property
+    def window_beside(self) -> int:
+        return self.window
+
     def validate(self, kind: str) -> None:
         at_least(kind, 1, block_size=self.block_size, compress_stride=self.compress_stride)
         at_least(kind, 1, compress_size=self.compress_size, local=self.local, window=self.window)

@@ -49,6 +49,10 @@ class SlaConfig(SparseMixerConfig):
     def takes_sinks(self) -> bool:
         return False
 
+    @property
+    def linear_beside(self) -> bool:
+        return True
+
     def requests(self, request: Request) -> tuple[tuple[Request, Weights], ...]:
         # The sum is of float32 features, with a column of ones for the denominator.
         rest = replace(
