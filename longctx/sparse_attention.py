@@ -15,7 +15,7 @@ from torch import Tensor
 from longctx.arrangement import Arrangement
 from longctx.attention import check_qkv
 from longctx.kernels.block_sparse.contract import Weights
-from longctx.kernels.block_sparse.op import resolve_kernel
+from longctx.kernels.block_sparse.op import KERNELS, resolve_kernel
 from longctx.kernels.block_sparse.selection import Selection, narrowed
 from longctx.kernels.contract import Request, Scores
 from longctx.kernels.positions import check_bounds
@@ -114,6 +114,8 @@ class ContextParallelSparseAttention:
             )
         if self.moves not in MOVES:
             raise ValueError(f"moves={self.moves} is not known; known are {', '.join(MOVES)} (attention.kv_moves)")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel={self.kernel} is not known; known are {', '.join(KERNELS)}")
         self.schedule.teams(self.transport.size)
 
     def plan(self, bounds: Sequence[Bounds] | None, *, total: int, device: torch.device) -> SparsePlan:

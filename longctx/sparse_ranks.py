@@ -192,6 +192,9 @@ def sparse_place(
         softcap: of all scores.
         losses: filled with what mixers want minimised besides, sums over this rank's tokens; None = nothing is trained.
         observe: told what moved.
+
+    Raises:
+        ValueError: a name that is not known, a length or documents that do not fit, or `moves` without effect.
     """
     transport = transport_of(group)
     if isinstance(layout, str):
@@ -201,6 +204,11 @@ def sparse_place(
     attention = ContextParallelSparseAttention(
         layout=layout, schedule=schedule, transport=transport, kernel=kernel, moves=moves
     )
+    if moves in ("hops", "blocks") and schedule.teams(transport.size).count == 1 < transport.size:
+        raise ValueError(
+            f"moves={moves} has no effect with schedule={schedule.name} on {transport.size} ranks, which all share "
+            "heads, so that nothing that is selected travels: leave it auto"
+        )
     return RankSparse(
         attention=attention,
         plan=attention.plan(bounds, total=total, device=device),

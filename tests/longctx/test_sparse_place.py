@@ -39,11 +39,23 @@ def test_documents_that_are_none_are_refused(bounds):
 def test_unknown_moves_and_other_rows_are_refused():
     with pytest.raises(ValueError, match="moves=foo is not known; known are auto, all, hops, blocks"):
         sparse_place(total=TOTAL, device=CPU, moves="foo")
+    with pytest.raises(ValueError, match="kernel=foo is not known; known are auto, torch, triton, reference"):
+        sparse_place(total=TOTAL, device=CPU, kernel="foo")
     place = sparse_place(total=TOTAL, device=CPU, bounds=[(0, 9, TOTAL), (0, TOTAL)])
     q, k, v = qkv(TOTAL)
     selection = random_blocks(place.positions, place.document_of[:1], heads=4, slots=3)
     with pytest.raises(ValueError, match="given 2 for 1 rows"):
         place.attend(q, k, v, selection=selection)
+
+
+def test_moves_without_effect_are_refused():
+    def on_rank(group):
+        share = {"total": TOTAL, "device": CPU, "layout": "contiguous", "group": group, "heads": 4}
+        with pytest.raises(ValueError, match="moves=blocks has no effect with schedule=ulysses on 2 ranks"):
+            sparse_place(**share, schedule="ulysses", moves="blocks")
+        sparse_place(**share, schedule="ulysses", moves="all"), sparse_place(**share, schedule="ring", moves="blocks")
+
+    run_ranks(2, on_rank)
 
 
 @pytest.mark.parametrize("config", [NsaConfig(block_size=8, compress_size=4, compress_stride=4), SlaConfig()])
