@@ -11,6 +11,9 @@ from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
+
+# Now, and not by `torch.optim` when there is a default group already: defaults of its functions would hold the group.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 Parcels = Mapping[int, Sequence[Tensor]]
