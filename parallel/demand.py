@@ -112,14 +112,14 @@ class Demand:
         others = [peer for peer in range(count) if peer != team]
         given = {peer: tokens for peer in others if (tokens := int(self.counts[peer, team]))}
         taken = {peer: tokens for peer in others if (tokens := int(self.counts[team, peer]))}
-        low, wide = _token_bytes(shape)
+        low, wide = shape.kv_token_bytes
         hops = len({(peer - team) % count for peer in given} | {(team - peer) % count for peer in taken})
         back = {peer: given.get(peer, 0) * low + taken.get(peer, 0) * wide for peer in sorted({*given, *taken})}
         return Sent(hops, {peer: tokens * low for peer, tokens in given.items()}), Sent(2 * hops, back)
 
     def sent_by_all(self, shape: Shape) -> int:
         """Return the bytes of `sent`, of both passes and of one rank of each team together."""
-        low, wide = _token_bytes(shape)
+        low, wide = shape.kv_token_bytes
         return self.moved * (2 * low + wide)
 
     def _spans(self, source: int) -> list[Span | None]:
@@ -129,12 +129,6 @@ class Demand:
         first = begin[needed.argmax(1)].tolist()
         last = end[len(block) - 1 - needed.flip(1).argmax(1)].tolist()
         return [(a, b) if some else None for a, b, some in zip(first, last, needed.any(1).tolist(), strict=True)]
-
-
-def _token_bytes(shape: Shape) -> tuple[int, int]:
-    """Return the bytes of a token's k and v, and of their gradients."""
-    both = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
-    return both * shape.dtype.itemsize, both * shape.wide.itemsize
 
 
 def agree(ring: Transport, mine: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:

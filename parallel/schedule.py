@@ -44,6 +44,12 @@ class Shape:
         """Return the dtype of gradients on their way."""
         return accumulator_dtype(self.dtype)
 
+    @property
+    def kv_token_bytes(self) -> tuple[int, int]:
+        """Return the bytes of one token's k and v, and of their gradients on their way."""
+        both = self.kv_heads * (self.head_dim + self.v_head_dim)
+        return both * self.dtype.itemsize, both * self.wide.itemsize
+
 
 @dataclass(frozen=True)
 class Sent:

@@ -58,9 +58,7 @@ class AllGather:
         others = [peer for peer in range(len(needs.keys)) if peer != team]
         given = {peer: span[1] - span[0] for peer in others if (span := needs.keys[peer][team]) is not None}
         taken = {peer: span[1] - span[0] for peer in others if (span := needs.keys[team][peer]) is not None}
-        low, wide = (
-            shape.kv_heads * (shape.head_dim + shape.v_head_dim) * d.itemsize for d in (shape.dtype, shape.wide)
-        )
+        low, wide = shape.kv_token_bytes
         hops = len(self._groups(shape.kv_heads)) if given or taken else 0
         forward = Sent(hops, {peer: tokens * low for peer, tokens in given.items()})
         peers = sorted({*given, *taken})
@@ -70,8 +68,8 @@ class AllGather:
         """Count what all need of each other twice, and its gradients."""
         table = [(team, peer, span) for team, row in enumerate(needs.keys) for peer, span in enumerate(row)]
         tokens = sum(span[1] - span[0] for team, peer, span in table if span is not None and peer != team)
-        both = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
-        return both * tokens * (2 * shape.dtype.itemsize + shape.wide.itemsize)
+        low, wide = shape.kv_token_bytes
+        return tokens * (2 * low + wide)
 
     def forward(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: Attend) -> None:
         """Collect the needed K/V of each group of heads and attend to it."""

@@ -26,9 +26,9 @@ def forward(ring: Transport, demand: Demand, k: Tensor, v: Tensor, *, attend: At
     Args:
         k, v: `[B, T, HK, D]`, this rank's.
     """
-    for source, _, part in _parts(ring, demand, k, v):
-        if part is not None:
-            attend(source, (0, k.shape[2]), *part)
+    for step in _steps(ring, demand, k, v):
+        if step.part is not None:
+            attend(step.source, (0, k.shape[2]), *step.part)
 
 
 def backward(ring: Transport, demand: Demand, k: Tensor, v: Tensor, *, attend: AttendBackward) -> tuple[Tensor, Tensor]:
@@ -36,75 +36,73 @@ def backward(ring: Transport, demand: Demand, k: Tensor, v: Tensor, *, attend: A
     wide = accumulator_dtype(k.dtype)
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
 
-    def add(peer: int, part: Part | None) -> None:
+    def add(tokens: Tensor, part: Part | None, exchange: Exchange | None) -> None:
+        if exchange is not None:
+            exchange.wait()
         if part is not None:
-            tokens = demand.tokens(peer, ring.rank).to(k.device)
             dk[:, tokens] += part[0]
             dv[:, tokens] += part[1]
 
-    home: _Step | None = None
-    for source, peer, part in _parts(ring, demand, k, v):
-        gradients = None if part is None else attend(source, (0, k.shape[2]), *part)
-        if source == ring.rank:
-            add(source, gradients)
-            continue
+    home: tuple[Tensor, Part | None, Exchange | None] | None = None
+    for step in _steps(ring, demand, k, v):
+        gradients = None if step.part is None else attend(step.source, (0, k.shape[2]), *step.part)
         if home is not None:
-            add(home.source, home.wait())
-        coming = _empty(k, v, int(demand.counts[peer, ring.rank]), dtype=wide)
-        home = _post(ring, gradients, source, coming, peer)
+            add(*home)
+        if step.source == ring.rank:
+            home = step.given, gradients, None
+        else:
+            coming = _empty(k, v, len(step.given), dtype=wide)
+            home = step.given, coming, _post(ring, gradients, step.source, coming, step.peer)
     if home is not None:
-        add(home.source, home.wait())
+        add(*home)
     return dk, dv
-
-
-def _parts(ring: Transport, demand: Demand, k: Tensor, v: Tensor) -> Iterator[tuple[int, int, Part | None]]:
-    """Yield, step by step, the rank that gives, the one that is given to, and what arrived; the own part first."""
-
-    def post(distance: int) -> _Step:
-        source, peer = (ring.rank - distance) % ring.size, (ring.rank + distance) % ring.size
-        coming = _empty(k, v, int(demand.counts[ring.rank, source]), dtype=k.dtype)
-        return _post(ring, _of_own(demand, peer, ring.rank, k, v), peer, coming, source)
-
-    step = post(1) if ring.size > 1 else None
-    yield ring.rank, ring.rank, _of_own(demand, ring.rank, ring.rank, k, v)
-    for distance in range(1, ring.size):
-        assert step is not None
-        arrived, source, peer = step.wait(), step.source, step.peer
-        if distance + 1 < ring.size:
-            step = post(distance + 1)
-        yield source, peer, arrived
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A part on its way to `peer`, and another, or None, on its way here from `source`."""
+    """What is at hand, and who got what.
 
-    peer: int
+    Attributes:
+        source: whose tokens `part` is; None where none of them is needed.
+        peer: who was given the own tokens `given`, int64 local indices.
+    """
+
     source: int
-    coming: Part | None
-    exchange: Exchange | None
-
-    def wait(self) -> Part | None:
-        if self.exchange is not None:
-            self.exchange.wait()
-        return self.coming
+    peer: int
+    given: Tensor
+    part: Part | None
 
 
-def _post(ring: Transport, going: Part | None, peer: int, coming: Part | None, source: int) -> _Step:
+def _steps(ring: Transport, demand: Demand, k: Tensor, v: Tensor) -> Iterator[_Step]:
+    """Yield the own part, then those of the ranks before, while the next one is on its way."""
+
+    def post(distance: int) -> tuple[_Step, Exchange | None]:
+        source, peer = (ring.rank - distance) % ring.size, (ring.rank + distance) % ring.size
+        given = demand.tokens(peer, ring.rank).to(k.device)
+        going = (k[:, given], v[:, given]) if len(given) else None
+        if distance == 0:
+            return _Step(source, peer, given, going), None
+        coming = _empty(k, v, int(demand.counts[ring.rank, source]), dtype=k.dtype)
+        return _Step(source, peer, given, coming), _post(ring, going, peer, coming, source)
+
+    following = post(0)
+    for distance in range(ring.size):
+        step, exchange = following
+        if exchange is not None:
+            exchange.wait()
+        if distance + 1 < ring.size:
+            following = post(distance + 1)
+        yield step
+
+
+def _post(ring: Transport, going: Part | None, peer: int, coming: Part | None, source: int) -> Exchange | None:
     outgoing = {} if going is None else {peer: going}
     incoming = {} if coming is None else {source: coming}
-    return _Step(peer, source, coming, ring.exchange(outgoing, incoming) if outgoing or incoming else None)
-
-
-def _of_own(demand: Demand, peer: int, rank: int, k: Tensor, v: Tensor) -> Part | None:
-    """Return what `peer` needs of the own shard."""
-    tokens = demand.tokens(peer, rank).to(k.device)
-    return (k[:, tokens], v[:, tokens]) if len(tokens) else None
+    return ring.exchange(outgoing, incoming) if outgoing or incoming else None
 
 
 def _empty(k: Tensor, v: Tensor, tokens: int, *, dtype: torch.dtype) -> Part | None:
     if not tokens:
         return None
-    shapes = ((each.shape[0], tokens, *each.shape[2:]) for each in (k, v))
-    dk, dv = (k.new_empty(shape, dtype=dtype) for shape in shapes)
-    return dk, dv
+    like_k, like_v = (x.new_empty((x.shape[0], tokens, *x.shape[2:]), dtype=dtype) for x in (k, v))
+    return like_k, like_v

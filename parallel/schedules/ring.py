@@ -69,7 +69,7 @@ class Ring:
         if self.backward_moves != "auto":
             return self.backward_moves == "rotate_q"
         low, wide = shape.dtype.itemsize, shape.wide.itemsize
-        rotate_kv = shape.kv_heads * (shape.head_dim + shape.v_head_dim) * (low + wide)
+        rotate_kv = sum(shape.kv_token_bytes)
         rotate_q = shape.heads * ((shape.head_dim + shape.v_head_dim) * low + 2 * wide + shape.head_dim * wide)
         return rotate_q < rotate_kv
 
@@ -77,21 +77,21 @@ class Ring:
         """Count the messages of the circuit: k and v, or q, dout, lse and delta, and the sums that follow them."""
         inner, low, wide = self.inner(len(needs.keys)), shape.dtype.itemsize, shape.wide.itemsize
         both = shape.head_dim + shape.v_head_dim
-        forward = circuit.sent(team, needs.keys, inner, payload=shape.kv_heads * both * low, sums=0)
+        kv, kv_sums = shape.kv_token_bytes
+        forward = circuit.sent(team, needs.keys, inner, payload=kv, sums=0)
         if self.moves_queries(shape):
             payload = shape.heads * (both * low + 2 * wide)
             sums = shape.heads * shape.head_dim * wide
             last, wanted = len(needs.keys) - 1, circuit.mirrored(needs.turned())
             hops, bytes_to = circuit.sent(last - team, wanted, inner, payload=payload, sums=sums)
             return Sent(*forward), Sent(hops, {last - peer: count for peer, count in bytes_to.items()})
-        payload, sums = shape.kv_heads * both * low, shape.kv_heads * both * wide
-        return Sent(*forward), Sent(*circuit.sent(team, needs.keys, inner, payload=payload, sums=sums))
+        return Sent(*forward), Sent(*circuit.sent(team, needs.keys, inner, payload=kv, sums=kv_sums))
 
     def kv_bytes(self, needs: Needs, shape: Shape) -> int:
         """Count the shards of the circuit twice, and the sums."""
         shards, sums = circuit.moved(needs.keys, self.inner(len(needs.keys)))
-        both = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
-        return both * (2 * shards * shape.dtype.itemsize + sums * shape.wide.itemsize)
+        low, wide = shape.kv_token_bytes
+        return 2 * shards * low + sums * wide
 
     def forward(self, ring: Transport, needs: Needs, k: Tensor, v: Tensor, *, attend: Attend) -> None:
         """Send (k, v) round."""
