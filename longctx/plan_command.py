@@ -13,15 +13,12 @@ from longctx.config import Config, load_config
 from longctx.data.prepare import prepare
 from longctx.engines.engine import DTYPES
 from longctx.kernels.mask import HeadMasks, Mask, causal, documents, sliding_window
-from longctx.kernels.merge import accumulator_dtype
 from longctx.parallel.balance import balance_of, describe
-from longctx.parallel.chain import chain
 from longctx.parallel.cost import in_bytes, traffic
 from longctx.parallel.heads import HeadSplit
 from longctx.parallel.mesh import Degrees
 from longctx.parallel.plan import Plan, plan
 from longctx.parallel.schedule import Shape
-from longctx.parallel.state_passing import StatePassing
 from longctx.setup import (
     check_blocks,
     check_linear_kernel,
@@ -37,7 +34,7 @@ from longctx.setup import (
 from longctx.simulated import simulated_degrees
 from longctx.sparse_traffic import selection_bytes
 from longctx.stack import describe_linear, stack_shape
-from longctx.stack_traffic import choose_state_layout
+from longctx.stack_traffic import StackShape, choose_state_layout
 
 MANY_RANKS, MANY_HOPS = 16, 8  # what a table shows
 ON_ANY_DEVICE = ("torch", "reference")  # kernels whose limits are the same on the machine that a plan is for
@@ -107,20 +104,20 @@ def show(config: Config, *, degrees: Degrees, per_machine: int) -> None:
         dtype=DTYPES[config.engine.dtype],
     )
     for kind in config.layers.sparse_kinds:
-        lines = sparse_lines(config, kind, bounds, degrees=degrees, per_machine=per_machine, passing=stack.passing)
+        lines = sparse_lines(config, kind, bounds, degrees=degrees, per_machine=per_machine, stack=stack)
         print("\n".join(lines))
     for line in describe_linear(stack, states=choose_state_layout(stack, config.attention.state_layout)):
         print(line)
 
 
 def sparse_lines(
-    config: Config, kind: str, bounds: Sequence[int], *, degrees: Degrees, per_machine: int, passing: StatePassing
+    config: Config, kind: str, bounds: Sequence[int], *, degrees: Degrees, per_machine: int, stack: StackShape
 ) -> list[str]:
     """Return what is known of a sparse kind before anything is selected: its settings, pairs, and what routing sends.
 
     Args:
         bounds: where the documents of a sequence begin, and its end.
-        passing: of states, where the kind has linear attention beside.
+        stack: passes states, where the kind has linear attention beside.
     """
     model, total, cp = config.model, config.data.seq_len, degrees.cp
     settings = config.mixers.sparse_kind(kind).of_model(heads=model.num_heads, kv_heads=model.num_kv_heads)
@@ -158,15 +155,16 @@ def sparse_lines(
             f"  window: K/V of the last {settings.window_beside} tokens: a rank sends at most {in_bytes(sent)}"
         )
     if settings.linear_beside:
-        links = chain(config.attention.make_layout(cp), total)
-        wide = accumulator_dtype(DTYPES[config.engine.dtype]).itemsize * model.num_heads
-        sizes = {"transition_bytes": wide, "state_bytes": wide * model.head_size * (model.head_size + 1)}
-        ways = (links, links.reversed())
-        sent = max(sum(passing.sent(way, rank, **sizes).bytes for way in ways) for rank in range(cp))
+        # Per head a number that tells whether a document begins, and keys x values with a column for the denominator.
+        sizes = {
+            "transition_size": model.num_heads,
+            "state_size": model.num_heads * model.head_size * (model.head_size + 1),
+        }
+        sent = max(stack.passed(config.attention.make_layout(cp), rank=rank, **sizes) for rank in range(cp))
         lines.append(
             "  K/V once more, in float32 at least: what is selected is taken off linear attention to everything"
         )
-        lines.append(f"  states of linear attention: a rank sends at most {in_bytes(sent)} ({passing.name})")
+        lines.append(f"  states of linear attention: a rank sends at most {in_bytes(sent)} ({stack.passing.name})")
     return lines
 
 

@@ -101,11 +101,15 @@ class StackShape:
         return max((self.traffic(states, rank=rank) for rank in looked_at), key=lambda sent: sent.total)
 
     def _states(self, shape: LinearShape, layout: Layout, rank: int) -> int:
+        return self.passed(layout, rank=rank, transition_size=shape.transition_size, state_size=shape.state_size)
+
+    def passed(self, layout: Layout, *, rank: int, transition_size: int, state_size: int) -> int:
+        """Return the bytes that a rank sends to pass states of so many numbers, forward and backward."""
         links = chain(layout, self.total)
         if len(links) == 1:
             return 0
         wide = accumulator_dtype(self.dtype).itemsize
-        sizes = {"transition_bytes": shape.transition_size * wide, "state_bytes": shape.state_size * wide}
+        sizes = {"transition_bytes": transition_size * wide, "state_bytes": state_size * wide}
         return sum(self.passing.sent(way, rank, **sizes).bytes for way in (links, links.reversed()))
 
     def _halo(self, shape: LinearShape, layout: Layout, rank: int) -> int:
