@@ -15,7 +15,7 @@ from longctx.parallel.layout import Layout, LayoutName
 from longctx.parallel.registry import ScheduleOptions, check_schedule, resolve_schedule
 from longctx.parallel.schedule import Schedule
 from longctx.parallel.state_passing import resolve_passing
-from longctx.sparse_moves import MOVES, MovesName
+from longctx.sparse_moves import MOVES, SELECTIVE, MovesName
 
 STATE_LAYOUTS = ("same", "contiguous", "zigzag")
 LEAST_STRIPE = 16  # tokens of the narrowest stripes between which states are passed: each has a state of its own
@@ -147,7 +147,7 @@ class AttentionConfig:
                     f"attention.{key}=auto is predicted from masks, which do not say what layers of kind "
                     f"{', '.join(sparse)} select: name a {key}"
                 )
-        if self.kv_moves in ("hops", "blocks") and self.schedule in ONE_TEAM:
+        if self.kv_moves in SELECTIVE and self.schedule in ONE_TEAM:
             raise ValueError(
                 f"attention.kv_moves={self.kv_moves} has no effect with attention.schedule={self.schedule}, where "
                 "every rank has all tokens of its heads and nothing that is selected travels: leave it auto, or use "
@@ -162,7 +162,7 @@ class AttentionConfig:
 
     def refuse_moves(self, dense: Sequence[str]) -> None:
         """Refuse to move only what is selected where all sparse layers are of kinds that are `dense` (ValueError)."""
-        if self.kv_moves in ("hops", "blocks"):
+        if self.kv_moves in SELECTIVE:
             modes = ", ".join(f"mixers.{kind}.mode" for kind in dense)
             raise ValueError(
                 f"attention.kv_moves={self.kv_moves} has no effect with {modes}=distill, whose attention is dense: "

@@ -38,6 +38,7 @@ from longctx.parallel.ranks import Ranks
 from longctx.parallel.schedule import Shape
 from longctx.parallel.transport import ProcessGroupTransport
 from longctx.planner import SAMPLES, Choice, choose
+from longctx.sparse_moves import SELECTIVE
 from longctx.stack import build_stack
 
 
@@ -94,7 +95,7 @@ def check_blocks(config: Config, *, cp: int) -> None:
 def check_moves(config: Config, *, cp: int, per_machine: int) -> None:
     """Refuse ways of moving what is selected where all ranks share heads, so that nothing selected moves."""
     attention = config.attention
-    if not config.layers.sparse or attention.kv_moves not in ("hops", "blocks") or cp == 1:
+    if not config.layers.sparse or attention.kv_moves not in SELECTIVE or cp == 1:
         return
     schedule = attention.make_schedule(cp, **heads(config), per_machine=per_machine)
     if schedule.teams(cp).count == 1:

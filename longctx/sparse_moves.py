@@ -25,6 +25,7 @@ from longctx.parallel.transport import Transport
 
 MovesName = Literal["auto", "all", "hops", "blocks"]
 MOVES: tuple[MovesName, ...] = ("auto", "all", "hops", "blocks")
+SELECTIVE: tuple[MovesName, ...] = ("hops", "blocks")  # only what is selected moves: without effect where nothing is
 # An exchange of blocks goes across the whole group, hops to neighbours: it must save this much to be chosen.
 GAIN = 0.8
 

@@ -25,7 +25,7 @@ from longctx.parallel.state_passing import resolve_passing
 from longctx.parallel.transport import Alone, Transport
 from longctx.sparse_attention import Bounds, ContextParallelSparseAttention, Observe, SparsePlan
 from longctx.sparse_function import SelectedAttention, SparseCall
-from longctx.sparse_moves import Here, MovesName
+from longctx.sparse_moves import SELECTIVE, Here, MovesName
 
 LOCAL_TILE = 128  # summaries of a tile of `attend_local` at most
 
@@ -204,7 +204,7 @@ def sparse_place(
     attention = ContextParallelSparseAttention(
         layout=layout, schedule=schedule, transport=transport, kernel=kernel, moves=moves
     )
-    if moves in ("hops", "blocks") and schedule.teams(transport.size).count == 1 < transport.size:
+    if moves in SELECTIVE and schedule.teams(transport.size).count == 1 < transport.size:
         raise ValueError(
             f"moves={moves} has no effect with schedule={schedule.name} on {transport.size} ranks, which all share "
             "heads, so that nothing that is selected travels: leave it auto"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.kernels.block_sparse.contract import Weights
+from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.contract import Request
 from longctx.mixers.softmax_config import SoftmaxMixerConfig
 from longctx.mixers.sparse_place import SparsePlace
@@ -164,6 +165,36 @@ class SparseMixerConfig(SoftmaxMixerConfig):
         that `of_model` returns.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestBlocksConfig(SparseMixerConfig):
+    """Settings of kinds whose query heads each see their own block and the best ones before it.
+
+    Attributes:
+        block_size: tokens of a block.
+        topk: blocks that a query sees, its own one included: 1 = only that.
+    """
+
+    block_size: int = 64
+    topk: int = 8
+
+    @property
+    def whole(self) -> int:
+        """Return the tokens of a block."""
+        return self.block_size
+
+    def validate(self, kind: str) -> None:
+        """Refuse sizes below 1."""
+        at_least(kind, 1, block_size=self.block_size, topk=self.topk)
+
+    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
+        """Return the size of the one selection."""
+        return (best_slots(heads, total=total, block_size=self.block_size, topk=self.topk),)
+
+    def pairs(self, begin: int, length: int) -> int:
+        """Return those of the own block and of the other `topk - 1`."""
+        return routed_pairs(begin, length, block_size=self.block_size, others=self.topk - 1)
 
 
 def best_slots(heads: int, *, total: int, block_size: int, topk: int) -> Slots:

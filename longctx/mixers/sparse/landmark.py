@@ -8,27 +8,16 @@ from torch import Tensor, nn
 from longctx.kernels.block_sparse.contract import Weights
 from longctx.kernels.block_sparse.routing.landmark import last_of_blocks, own_block_lse, picked_scores
 from longctx.kernels.block_sparse.routing.moba import moba_blocks
-from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.contract import Request
 from longctx.kernels.merge import accumulator_dtype
 from longctx.kernels.precision import without_autocast
-from longctx.mixers.sparse.base import (
-    NO_SUMMARIES,
-    Inputs,
-    Sizes,
-    Slots,
-    SparseMixer,
-    SparseMixerConfig,
-    Summaries,
-    at_least,
-    best_slots,
-)
+from longctx.mixers.sparse.base import NO_SUMMARIES, BestBlocksConfig, Inputs, Sizes, SparseMixer, Summaries
 from longctx.mixers.sparse_place import SparsePlace
 
 
 @dataclass(frozen=True, kw_only=True)
-class LandmarkConfig(SparseMixerConfig):
+class LandmarkConfig(BestBlocksConfig):
     """Settings of Landmark Attention.
 
     Attributes:
@@ -36,18 +25,8 @@ class LandmarkConfig(SparseMixerConfig):
         topk: blocks that a query sees, its own one included; the paper trains with all and selects in inference.
     """
 
-    block_size: int = 64
-    topk: int = 8
-
-    @property
-    def whole(self) -> int:
-        return self.block_size
-
     def requests(self, request: Request) -> tuple[tuple[Request, Weights], ...]:
         return ((request, "gated"),)
-
-    def validate(self, kind: str) -> None:
-        at_least(kind, 1, block_size=self.block_size, topk=self.topk)
 
     def summaries(self, *, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Summaries:
         if self.topk == 1:
@@ -55,14 +34,8 @@ class LandmarkConfig(SparseMixerConfig):
         marks = tokens // self.block_size * kv_heads * head_dim * accumulator_dtype(dtype).itemsize
         return Summaries("landmarks' keys, and their gradients", marks, marks)
 
-    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
-        return (best_slots(heads, total=total, block_size=self.block_size, topk=self.topk),)
-
     def make(self, sizes: Sizes) -> SparseMixer:
         return Landmark(self, sizes)
-
-    def pairs(self, begin: int, length: int) -> int:
-        return routed_pairs(begin, length, block_size=self.block_size, others=self.topk - 1)
 
 
 class Landmark(SparseMixer):

@@ -7,25 +7,14 @@ from torch import Tensor
 
 from longctx.kernels.block_sparse.blocks import block_mean
 from longctx.kernels.block_sparse.routing.moba import moba_blocks, own_slots
-from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.selection import selected_blocks
 from longctx.kernels.merge import accumulator_dtype
-from longctx.mixers.sparse.base import (
-    NO_SUMMARIES,
-    Inputs,
-    Sizes,
-    Slots,
-    SparseMixer,
-    SparseMixerConfig,
-    Summaries,
-    at_least,
-    best_slots,
-)
+from longctx.mixers.sparse.base import NO_SUMMARIES, BestBlocksConfig, Inputs, Sizes, SparseMixer, Summaries
 from longctx.mixers.sparse_place import SparsePlace
 
 
 @dataclass(frozen=True, kw_only=True)
-class MobaConfig(SparseMixerConfig):
+class MobaConfig(BestBlocksConfig):
     """Settings of MoBA.
 
     Attributes:
@@ -36,25 +25,12 @@ class MobaConfig(SparseMixerConfig):
     block_size: int = 512
     topk: int = 3
 
-    @property
-    def whole(self) -> int:
-        return self.block_size
-
-    def validate(self, kind: str) -> None:
-        at_least(kind, 1, block_size=self.block_size, topk=self.topk)
-
     def summaries(self, *, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Summaries:
         numbers = tokens // self.block_size * kv_heads * head_dim
         return means_of_blocks(numbers, topk=self.topk, dtype=dtype)
 
-    def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
-        return (best_slots(heads, total=total, block_size=self.block_size, topk=self.topk),)
-
     def make(self, sizes: Sizes) -> SparseMixer:
         return Moba(self)
-
-    def pairs(self, begin: int, length: int) -> int:
-        return routed_pairs(begin, length, block_size=self.block_size, others=self.topk - 1)
 
 
 class Moba(SparseMixer):

@@ -6,29 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from longctx.kernels.block_sparse.contract import Weights
-from longctx.kernels.block_sparse.routing.pair_counts import routed_pairs
 from longctx.kernels.block_sparse.routing.sla import FEATURE_MAPS, features, left_out, rest_of, with_ones
 from longctx.kernels.block_sparse.selection import Selection, narrowed, selected_blocks
 from longctx.kernels.contract import Request
 from longctx.kernels.merge import accumulator_dtype
 from longctx.kernels.precision import without_autocast
-from longctx.mixers.sparse.base import (
-    Inputs,
-    Sizes,
-    Slots,
-    SparseMixer,
-    SparseMixerConfig,
-    Summaries,
-    at_least,
-    best_slots,
-    refuse_sinks,
-)
+from longctx.mixers.sparse.base import BestBlocksConfig, Inputs, Sizes, Slots, SparseMixer, Summaries, refuse_sinks
 from longctx.mixers.sparse.moba import best_blocks, means_of_blocks
 from longctx.mixers.sparse_place import SparsePlace
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlaConfig(SparseMixerConfig):
+class SlaConfig(BestBlocksConfig):
     """Settings of SLA.
 
     Attributes:
@@ -37,13 +26,7 @@ class SlaConfig(SparseMixerConfig):
         feature_map: phi of the linear part: `softmax` over the head dim, or `elu1`.
     """
 
-    block_size: int = 64
-    topk: int = 8
     feature_map: str = "softmax"
-
-    @property
-    def whole(self) -> int:
-        return self.block_size
 
     @property
     def takes_sinks(self) -> bool:
@@ -61,7 +44,7 @@ class SlaConfig(SparseMixerConfig):
         return (request, "softmax"), (rest, "sum")
 
     def validate(self, kind: str) -> None:
-        at_least(kind, 1, block_size=self.block_size, topk=self.topk)
+        super().validate(kind)
         if self.feature_map not in FEATURE_MAPS:
             raise ValueError(
                 f"mixers.{kind}.feature_map={self.feature_map} is not known; known are {', '.join(FEATURE_MAPS)}"
@@ -73,14 +56,14 @@ class SlaConfig(SparseMixerConfig):
 
     def slots(self, *, total: int, heads: int, kv_heads: int) -> tuple[Slots, ...]:
         """Return what the softmax attends to, and the sum once more."""
-        return (best_slots(heads, total=total, block_size=self.block_size, topk=self.topk),) * 2
+        return super().slots(total=total, heads=heads, kv_heads=kv_heads) * 2
 
     def make(self, sizes: Sizes) -> SparseMixer:
         return Sla(self, sizes)
 
     def pairs(self, begin: int, length: int) -> int:
         """Return those of the softmax and, as many, those of the sum that is taken off linear attention."""
-        return 2 * routed_pairs(begin, length, block_size=self.block_size, others=self.topk - 1)
+        return 2 * super().pairs(begin, length)
 
 
 class Sla(SparseMixer):
